@@ -1,0 +1,88 @@
+//! What can go wrong, in words that tell the person what was expected, what came, and on which message or queue.
+
+use std::io;
+
+/// The one error of the core. `bindings` turns it into Python exceptions.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The byte stream cannot be followed any further: the connection has to close.
+    #[error("{0}")]
+    Framing(String),
+
+    /// One message is refused. It changed nothing, and the connection may go on.
+    #[error("{message}: {reason}")]
+    Refused { message: &'static str, reason: String },
+
+    /// A ring cannot be used any further; the others go on.
+    #[error("queue {queue}: {reason}")]
+    Ring { queue: u16, reason: RingError },
+
+    /// Guest memory that was promised is not there.
+    #[error("{0}")]
+    Memory(String),
+
+    /// The peer did not answer, or did not read, in time.
+    #[error("{0}")]
+    Timeout(String),
+
+    /// The peer closed the connection between two messages.
+    #[error("{0}")]
+    Closed(String),
+
+    /// The caller asked for something that cannot be done now.
+    #[error("{0}")]
+    State(String),
+
+    #[error("{context}: {source}")]
+    Os { context: String, source: io::Error },
+}
+
+impl Error {
+    /// For `map_err` on a system call: `what` names the call and what it was for.
+    pub fn os(context: impl Into<String>) -> impl FnOnce(rustix::io::Errno) -> Self {
+        let context = context.into();
+        move |errno| Self::Os { context, source: errno.into() }
+    }
+}
+
+/// Why a ring broke, with the descriptor or the index that broke it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    #[error("the available index went from {from} to {to}, but the ring has room for {free} more")]
+    IndexJump { from: u16, to: u16, free: u16 },
+
+    #[error("the available ring names descriptor {head}; the table has {size}")]
+    HeadOutOfRange { head: u16, size: u16 },
+
+    #[error("descriptor {descriptor} goes on with descriptor {next}; the table has {size}")]
+    NextOutOfRange { descriptor: u16, next: u16, size: u32 },
+
+    #[error("the chain at descriptor {head} has more than {limit} descriptors: it loops, or is too long")]
+    ChainTooLong { head: u16, limit: u32 },
+
+    #[error("descriptor {descriptor} spans {start:#x}..{end:#x}, outside guest memory ({memory})")]
+    OutsideMemory { descriptor: u16, start: u64, end: u128, memory: String },
+
+    #[error("descriptor {descriptor} is readable but follows a writable one")]
+    ReadableAfterWritable { descriptor: u16 },
+
+    #[error("descriptor {descriptor} has the flags {flags:#x}: INDIRECT must not be combined with NEXT")]
+    IndirectWithNext { descriptor: u16, flags: u16 },
+
+    #[error("descriptor {descriptor} of an indirect table is itself INDIRECT")]
+    NestedIndirect { descriptor: u16 },
+
+    #[error("descriptor {descriptor} is INDIRECT, which the driver did not negotiate")]
+    IndirectNotNegotiated { descriptor: u16 },
+
+    #[error(
+        "the indirect table of descriptor {descriptor} has {length} bytes; a multiple of 16 up to {limit} is needed"
+    )]
+    IndirectLength { descriptor: u16, length: u32, limit: u32 },
+
+    #[error("the chain at descriptor {head} holds {bytes} bytes; at most 4294967295 can be reported back")]
+    ChainTooLarge { head: u16, bytes: u64 },
+
+    #[error("the memory of the ring is gone: {0}")]
+    MemoryGone(String),
+}

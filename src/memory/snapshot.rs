@@ -1,0 +1,218 @@
+//! An immutable set of regions, and the translation of addresses into it.
+
+use std::fmt::Write;
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::region::Region;
+use crate::error::Error;
+use crate::protocol;
+
+/// A contiguous piece of guest memory in this process. It is valid as long as the [`Snapshot`] that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub pointer: NonNull<u8>,
+    pub length: usize,
+}
+
+// SAFETY: a Segment is an address; using it is unsafe and says what it needs.
+unsafe impl Send for Segment {}
+
+/// A range that is not wholly inside guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutsideMemory;
+
+/// The guest's memory at one moment.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// By guest address, without overlaps.
+    regions: Box<[Arc<Region>]>,
+}
+
+impl Snapshot {
+    /// Map every region of a SET_MEM_TABLE. Nothing stays mapped if one of them is refused.
+    pub fn from_table(regions: &[protocol::Region], files: &[OwnedFd]) -> Result<Self, Error> {
+        let mapped = regions.iter().zip(files).map(|(region, file)| Region::map(*region, file).map(Arc::new));
+        Self::from_regions(mapped.collect::<Result<_, _>>()?)
+    }
+
+    /// This snapshot and one more region.
+    pub fn with(&self, region: protocol::Region, file: &OwnedFd) -> Result<Self, Error> {
+        let mut regions = self.regions.to_vec();
+        regions.push(Arc::new(Region::map(region, file)?));
+        Self::from_regions(regions)
+    }
+
+    /// This snapshot without one region, which is named by its addresses and its size.
+    pub fn without(&self, region: &protocol::Region) -> Result<Self, Error> {
+        let is_it = |other: &Arc<Region>| {
+            let other = other.description();
+            other.guest_address == region.guest_address
+                && other.user_address == region.user_address
+                && other.size == region.size
+        };
+        let at = self.regions.iter().position(is_it).ok_or_else(|| {
+            Error::Memory(format!(
+                "no region of {:#x} bytes at guest address {:#x} and user address {:#x}; there are {}",
+                region.size,
+                region.guest_address,
+                region.user_address,
+                self.describe()
+            ))
+        })?;
+        let mut regions = self.regions.to_vec();
+        regions.remove(at);
+        Self::from_regions(regions)
+    }
+
+    fn from_regions(mut regions: Vec<Arc<Region>>) -> Result<Self, Error> {
+        let ends = |start: u64, size: u64| start + size;
+        regions.sort_by_key(|region| region.description().user_address);
+        for pair in regions.windows(2) {
+            let (first, second) = (pair[0].description(), pair[1].description());
+            if ends(first.user_address, first.size) > second.user_address {
+                return Err(overlap("user", first.user_address, second.user_address));
+            }
+        }
+        regions.sort_by_key(|region| region.start());
+        for pair in regions.windows(2) {
+            if pair[0].end() > pair[1].start() {
+                return Err(overlap("guest", pair[0].start(), pair[1].start()));
+            }
+        }
+        Ok(Self { regions: regions.into_boxed_slice() })
+    }
+
+    /// How many regions there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// Bytes of guest memory.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|region| region.description().size).sum()
+    }
+
+    /// A region whose file shrank while it was mapped, if there is one.
+    #[must_use]
+    pub fn lost_region(&self) -> Option<protocol::Region> {
+        self.regions.iter().find(|region| region.is_lost()).map(|region| region.description())
+    }
+
+    /// Call `segment` for each contiguous piece of `address..address + length`, in order.
+    ///
+    /// `hint` remembers the region that was used last: most ranges are in the same one. An empty range is nowhere and
+    /// is always good.
+    #[inline]
+    pub fn translate(
+        &self,
+        address: u64,
+        length: u64,
+        hint: &mut usize,
+        mut segment: impl FnMut(Segment),
+    ) -> Result<(), OutsideMemory> {
+        if length == 0 {
+            return Ok(());
+        }
+        if let Some(region) = self.regions.get(*hint)
+            && let Some(piece) = piece_of(region, address, length)
+            && piece.length as u64 == length
+        {
+            segment(piece);
+            return Ok(());
+        }
+        self.translate_slowly(address, length, hint, &mut segment)
+    }
+
+    #[inline(never)]
+    fn translate_slowly(
+        &self,
+        mut address: u64,
+        mut length: u64,
+        hint: &mut usize,
+        segment: &mut dyn FnMut(Segment),
+    ) -> Result<(), OutsideMemory> {
+        if address.checked_add(length).is_none() {
+            return Err(OutsideMemory);
+        }
+        let mut at = self.regions.partition_point(|region| region.end() <= address);
+        loop {
+            let piece =
+                self.regions.get(at).and_then(|region| piece_of(region, address, length)).ok_or(OutsideMemory)?;
+            *hint = at;
+            segment(piece);
+            address += piece.length as u64;
+            length -= piece.length as u64;
+            if length == 0 {
+                return Ok(());
+            }
+            at += 1;
+        }
+    }
+
+    /// The pointer for `length` bytes at a user address of the front-end, if one region holds them all.
+    #[must_use]
+    pub fn user_pointer(&self, user_address: u64, length: u64) -> Option<NonNull<u8>> {
+        self.regions.iter().find_map(|region| {
+            let description = region.description();
+            let offset = user_address.checked_sub(description.user_address)?;
+            if offset >= description.size || length > description.size - offset {
+                return None;
+            }
+            // SAFETY: `offset < size` was checked just above.
+            Some(unsafe { region.pointer(offset) })
+        })
+    }
+
+    /// The guest addresses that exist, for errors.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for region in self.regions.iter().take(8) {
+            let separator = if text.is_empty() { "" } else { ", " };
+            let _ = write!(text, "{separator}{:#x}..{:#x}", region.start(), region.end());
+        }
+        match self.regions.len() {
+            0 => "none was shared yet".to_owned(),
+            count if count > 8 => format!("{text} and {} more", count - 8),
+            _ => text,
+        }
+    }
+
+    /// The same for user addresses.
+    #[must_use]
+    pub fn describe_user(&self) -> String {
+        let mut text = String::new();
+        for region in self.regions.iter().take(8) {
+            let separator = if text.is_empty() { "" } else { ", " };
+            let start = region.description().user_address;
+            let _ = write!(text, "{separator}{start:#x}..{:#x}", start + region.description().size);
+        }
+        if text.is_empty() { "none was shared yet".to_owned() } else { text }
+    }
+}
+
+/// The part of `address..address + length` that `region` holds, if it holds the first byte.
+#[inline]
+fn piece_of(region: &Region, address: u64, length: u64) -> Option<Segment> {
+    let offset = address.wrapping_sub(region.start());
+    let size = region.description().size;
+    if offset >= size {
+        return None;
+    }
+    let length = length.min(size - offset) as usize;
+    // SAFETY: `offset < size` was checked just above.
+    Some(Segment { pointer: unsafe { region.pointer(offset) }, length })
+}
+
+fn overlap(kind: &str, first: u64, second: u64) -> Error {
+    Error::Memory(format!("the regions at {kind} addresses {first:#x} and {second:#x} overlap"))
+}

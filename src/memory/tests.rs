@@ -1,0 +1,129 @@
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::*;
+use crate::protocol;
+
+fn file(size: u64) -> OwnedFd {
+    let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, size).unwrap();
+    file
+}
+
+fn region(guest_address: u64, size: u64, file_offset: u64) -> protocol::Region {
+    protocol::Region { guest_address, size, user_address: guest_address + 0x7000_0000_0000, file_offset }
+}
+
+fn refusal(regions: &[protocol::Region], file_size: u64) -> String {
+    let files: Vec<_> = regions.iter().map(|_| file(file_size)).collect();
+    Snapshot::from_table(regions, &files).unwrap_err().to_string()
+}
+
+fn segments(snapshot: &Snapshot, address: u64, length: u64) -> Result<Vec<usize>, OutsideMemory> {
+    let mut lengths = Vec::new();
+    snapshot.translate(address, length, &mut 0, |segment| lengths.push(segment.length))?;
+    Ok(lengths)
+}
+
+#[test]
+fn what_is_written_through_a_region_is_in_its_file_at_its_offset() {
+    let file = file(0x4000);
+    let snapshot = Snapshot::from_table(&[region(0x10_0000, 0x1234, 0x1abc)], std::slice::from_ref(&file)).unwrap();
+    snapshot
+        .translate(0x10_0010, 5, &mut 0, |segment| {
+            // SAFETY: the segment is valid as long as the snapshot, which outlives this closure.
+            unsafe { access::write(segment.pointer.as_ptr(), b"hello") }
+        })
+        .unwrap();
+    let mut bytes = [0; 5];
+    rustix::io::pread(&file, &mut bytes, 0x1abc + 0x10).unwrap();
+    assert_eq!(&bytes, b"hello");
+}
+
+#[test]
+fn a_range_over_adjacent_regions_gives_a_segment_in_each() {
+    let (low, high) = (region(0x1000, 0x1000, 0), region(0x2000, 0x1000, 0));
+    let snapshot = Snapshot::from_table(&[high, low], &[file(0x1000), file(0x1000)]).unwrap();
+    assert_eq!(segments(&snapshot, 0x1ff0, 0x20), Ok(vec![0x10, 0x10]));
+    assert_eq!(segments(&snapshot, 0x1000, 0x2000), Ok(vec![0x1000, 0x1000]));
+    assert_eq!(segments(&snapshot, 0x1000, 0x2001), Err(OutsideMemory));
+}
+
+#[test]
+fn a_range_that_leaves_memory_by_one_byte_is_outside() {
+    let snapshot = Snapshot::from_table(&[region(0x1000, 0x1000, 0)], &[file(0x1000)]).unwrap();
+    assert_eq!(segments(&snapshot, 0x1fff, 1), Ok(vec![1]));
+    assert_eq!(segments(&snapshot, 0x1fff, 2), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, 0xfff, 2), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, 0x2000, 1), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, u64::MAX, 2), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, 0x1000, u64::MAX), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, 0, 0), Ok(vec![]));
+}
+
+#[test]
+fn a_user_address_is_found_only_if_one_region_holds_the_whole_range() {
+    let snapshot =
+        Snapshot::from_table(&[region(0x1000, 0x1000, 0), region(0x2000, 0x1000, 0)], &[file(0x1000), file(0x1000)])
+            .unwrap();
+    assert!(snapshot.user_pointer(0x7000_0000_1800, 0x800).is_some());
+    assert!(snapshot.user_pointer(0x7000_0000_1800, 0x801).is_none());
+    assert!(snapshot.user_pointer(0x7000_0000_0fff, 1).is_none());
+    assert!(snapshot.user_pointer(0x7000_0000_1800, u64::MAX).is_none());
+}
+
+#[test]
+fn impossible_regions_are_refused_with_what_is_wrong() {
+    assert!(refusal(&[region(0, 0, 0)], 0x1000).contains("no bytes"));
+    assert!(refusal(&[region(0x1000, 0x2000, 0)], 0x1000).contains("its file, which has 0x1000"));
+    assert!(refusal(&[region(0x1000, 0x1000, 1)], 0x1000).contains("its file"));
+    assert!(refusal(&[region(0x1000, 0x1000, u64::MAX - 1)], 0x1000).contains("no file can hold"));
+    let wraps = protocol::Region { guest_address: u64::MAX, size: 0x1000, user_address: 0, file_offset: 0 };
+    assert!(refusal(&[wraps], 0x1000).contains("end of the address space"));
+    let wraps = protocol::Region { guest_address: 0, size: 0x1000, user_address: u64::MAX - 1, file_offset: 0 };
+    assert!(refusal(&[wraps], 0x1000).contains("end of the address space"));
+    assert!(refusal(&[region(0x1000, 0x1000, 0), region(0x1fff, 0x1000, 0)], 0x1000).contains("overlap"));
+    let alias = protocol::Region { guest_address: 0x9000, ..region(0x1000, 0x1000, 0) };
+    assert!(refusal(&[region(0x1000, 0x1000, 0), alias], 0x1000).contains("user addresses"));
+}
+
+#[test]
+fn a_region_is_removed_by_its_addresses_and_size() {
+    let (first, second) = (region(0x1000, 0x1000, 0), region(0x2000, 0x1000, 0));
+    let snapshot = Snapshot::from_table(&[first], &[file(0x1000)]).unwrap();
+    let snapshot = snapshot.with(second, &file(0x1000)).unwrap();
+    assert_eq!((snapshot.len(), snapshot.size()), (2, 0x2000));
+    let wrong = protocol::Region { size: 0x800, ..first };
+    assert!(snapshot.without(&wrong).is_err());
+    let ignoring_offset = protocol::Region { file_offset: 77, ..first };
+    let snapshot = snapshot.without(&ignoring_offset).unwrap();
+    assert_eq!(segments(&snapshot, 0x1000, 1), Err(OutsideMemory));
+    assert_eq!(segments(&snapshot, 0x2000, 1), Ok(vec![1]));
+}
+
+#[test]
+fn memory_outlives_the_table_that_brought_it_as_long_as_a_snapshot_holds_it() {
+    let old = Snapshot::from_table(&[region(0x1000, 0x1000, 0)], &[file(0x1000)]).unwrap();
+    let new = old.without(&region(0x1000, 0x1000, 0)).unwrap();
+    assert!(new.is_empty());
+    assert_eq!(segments(&old, 0x1000, 0x1000), Ok(vec![0x1000]));
+}
+
+#[test]
+fn a_file_that_shrinks_under_its_mapping_marks_the_region_and_spares_the_process() {
+    let file = file(0x3000);
+    let snapshot = Snapshot::from_table(&[region(0x1000, 0x3000, 0)], std::slice::from_ref(&file)).unwrap();
+    let before = faults_seen();
+    ftruncate(&file, 0x1000).unwrap();
+    let mut bytes = [1; 100];
+    snapshot
+        .translate(0x3000, 100, &mut 0, |segment| {
+            // SAFETY: the segment is valid as long as the snapshot, which outlives this closure.
+            unsafe { access::read(segment.pointer.as_ptr(), &mut bytes) }
+        })
+        .unwrap();
+    assert_eq!(bytes, [0; 100]);
+    assert!(faults_seen() > before);
+    assert_eq!(snapshot.lost_region().map(|region| region.guest_address), Some(0x1000));
+}

@@ -1,0 +1,123 @@
+//! A descriptor chain, translated: the readable pieces of guest memory, then the writable ones.
+
+use crate::memory::{Segment, access};
+
+/// One buffer that the driver made available. It is filled by a ring and may be reused for the next one.
+///
+/// The segments are valid as long as the memory snapshot of the ring that filled it; whoever keeps a chain keeps that.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    segments: Vec<Segment>,
+    /// How many of the segments the device may read; the rest it may write.
+    readable_segments: usize,
+    readable: u64,
+    writable: u64,
+}
+
+/// What goes back to the driver: the chain that is done, and how many bytes were written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    pub head: u16,
+    pub written: u32,
+}
+
+impl Chain {
+    /// The index by which the driver knows the chain.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the driver wrote for the device.
+    #[must_use]
+    pub fn readable(&self) -> u64 {
+        self.readable
+    }
+
+    /// Bytes that the device may write for the driver.
+    #[must_use]
+    pub fn writable(&self) -> u64 {
+        self.writable
+    }
+
+    #[must_use]
+    pub fn readable_segments(&self) -> &[Segment] {
+        &self.segments[..self.readable_segments]
+    }
+
+    #[must_use]
+    pub fn writable_segments(&self) -> &[Segment] {
+        &self.segments[self.readable_segments..]
+    }
+
+    /// Copy from the readable part, starting at byte `offset` of it. Returns how many bytes there were.
+    ///
+    /// # Safety
+    /// The snapshot under which the chain was filled must be alive.
+    pub unsafe fn read(&self, offset: u64, to: &mut [u8]) -> usize {
+        let mut done = 0;
+        for_range(self.readable_segments(), offset, to.len(), |segment| {
+            // SAFETY: the ring translated the segment, and the caller keeps the snapshot alive.
+            unsafe { access::read(segment.pointer.as_ptr(), &mut to[done..done + segment.length]) };
+            done += segment.length;
+        });
+        done
+    }
+
+    /// Copy into the writable part, starting at byte `offset` of it. Returns how many bytes fitted.
+    ///
+    /// # Safety
+    /// The snapshot under which the chain was filled must be alive.
+    pub unsafe fn write(&self, offset: u64, from: &[u8]) -> usize {
+        let mut done = 0;
+        for_range(self.writable_segments(), offset, from.len(), |segment| {
+            // SAFETY: as in `read`.
+            unsafe { access::write(segment.pointer.as_ptr(), &from[done..done + segment.length]) };
+            done += segment.length;
+        });
+        done
+    }
+
+    pub(super) fn start(&mut self, head: u16) {
+        self.head = head;
+        self.segments.clear();
+        self.readable_segments = 0;
+        self.readable = 0;
+        self.writable = 0;
+    }
+
+    pub(super) fn has_writable(&self) -> bool {
+        self.writable > 0 || self.segments.len() > self.readable_segments
+    }
+
+    #[inline]
+    pub(super) fn push_segment(&mut self, segment: Segment, writable: bool) {
+        self.segments.push(segment);
+        if writable {
+            self.writable += segment.length as u64;
+        } else {
+            self.readable_segments += 1;
+            self.readable += segment.length as u64;
+        }
+    }
+}
+
+/// Call `piece` for each contiguous part of `length` bytes from `offset` on, as far as there are bytes.
+pub fn for_range(segments: &[Segment], mut offset: u64, mut length: usize, mut piece: impl FnMut(Segment)) {
+    for segment in segments {
+        if length == 0 {
+            break;
+        }
+        if offset >= segment.length as u64 {
+            offset -= segment.length as u64;
+            continue;
+        }
+        let skip = offset as usize;
+        let take = (segment.length - skip).min(length);
+        // SAFETY: `skip < segment.length`, so the pointer stays inside the segment.
+        piece(Segment { pointer: unsafe { segment.pointer.add(skip) }, length: take });
+        offset = 0;
+        length -= take;
+    }
+}
