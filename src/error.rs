@@ -85,4 +85,18 @@ pub enum RingError {
 
     #[error("the memory of the ring is gone: {0}")]
     MemoryGone(String),
+
+    #[error("a chain of {needed} descriptors does not fit: {free} are free")]
+    NoRoom { needed: usize, free: u16 },
+
+    #[error("the used index went from {from} to {to}, but the device has {outstanding} chains")]
+    UsedIndexJump { from: u16, to: u16, outstanding: u16 },
+
+    #[error("the used ring returns descriptor {head}, where no chain begins that the device has")]
+    UsedNotSubmitted { head: u32 },
+
+    #[error(
+        "the used ring says that {written} bytes were written to the chain at descriptor {head}, which has {writable}"
+    )]
+    UsedTooLong { head: u16, written: u32, writable: u64 },
 }

@@ -4,9 +4,11 @@
 //! Virtio 1.3, section 2.7.
 
 mod chain;
+mod driver;
 mod split;
 
 pub use chain::{Chain, Used};
+pub use driver::{Element, Indirect, SplitDriver};
 pub use split::{RingAddresses, RingOptions, SplitRing};
 
 /// The largest ring that a front-end may ask for. Virtio 1.3, section 2.7.

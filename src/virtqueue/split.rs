@@ -11,11 +11,11 @@ use super::chain::{Chain, Used};
 use crate::error::RingError;
 use crate::memory::{Segment, Snapshot};
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-const AVAIL_NO_INTERRUPT: u16 = 1;
-const USED_NO_NOTIFY: u16 = 1;
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
+pub(super) const AVAIL_NO_INTERRUPT: u16 = 1;
+pub(super) const USED_NO_NOTIFY: u16 = 1;
 
 const DESCRIPTOR_SIZE: u64 = 16;
 
@@ -52,11 +52,11 @@ pub struct RingOptions {
 }
 
 #[derive(Clone, Copy)]
-struct Descriptor {
-    address: u64,
-    length: u32,
-    flags: u16,
-    next: u16,
+pub(super) struct Descriptor {
+    pub(super) address: u64,
+    pub(super) length: u32,
+    pub(super) flags: u16,
+    pub(super) next: u16,
 }
 
 impl Descriptor {
@@ -68,14 +68,19 @@ impl Descriptor {
 
 /// Host pointers to the parts of one ring, each valid over its whole extent while the snapshot lives.
 #[derive(Clone, Copy, Debug)]
-struct Parts {
-    descriptors: NonNull<u64>,
-    avail: NonNull<u16>,
-    used: NonNull<u16>,
+pub(super) struct Parts {
+    pub(super) descriptors: NonNull<u64>,
+    pub(super) avail: NonNull<u16>,
+    pub(super) used: NonNull<u16>,
 }
 
 impl Parts {
-    fn resolve(addresses: RingAddresses, size: u16, snapshot: &Snapshot, event_idx: bool) -> Result<Self, RingError> {
+    pub(super) fn resolve(
+        addresses: RingAddresses,
+        size: u16,
+        snapshot: &Snapshot,
+        event_idx: bool,
+    ) -> Result<Self, RingError> {
         let event = if event_idx { 2 } else { 0 };
         let entries = u64::from(size);
         let part = |name: &str, address: u64, length: u64, alignment: usize| {
@@ -432,6 +437,6 @@ impl SplitRing {
 pub struct RingPointers(Parts);
 
 /// Whether going from `old` to `new` passes `event`. Virtio 1.3, section 2.7.7.2.
-fn needs_event(event: u16, new: u16, old: u16) -> bool {
+pub(super) fn needs_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
