@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-__all__ = ["CommandFailed", "CommandTimeout", "GuestError", "GuestNotFound", "Result", "Uml", "find_kernel"]
+__all__ = ["CommandFailed", "CommandTimeout", "GuestError", "GuestNotFound", "Qemu", "Result", "Uml", "find_kernel"]
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
@@ -307,6 +307,82 @@ class Uml(Guest):
         if any(character in ': "' for character in path):
             raise ValueError(f"{path}: the kernel parameter virtio_uml.device= has no way to write a colon, blank or quote")
         return f"virtio_uml.device={path}:{int(device_id)}" + ("" if platform_id is None else f":{platform_id}")
+
+
+class Qemu(Guest):
+    """A PC that QEMU emulates, with Debian's kernel and busybox, and with `devices` attached. Needs no privilege, nor KVM.
+
+    Args:
+        devices: socket, virtio device id and optionally more properties of QEMU's device, such as ``"num-queues=4"``.
+        memory: size of the guest's memory, as ``-m`` of QEMU takes it.
+        cpus: number of processors.
+        reconnect: seconds after which QEMU tries again to connect to a device that is gone; 0: never. Without it, a
+            device that is not there when QEMU starts is an error.
+        files: folder with what `guest/build qemu` made; default: the newest.
+        extra_args: more of QEMU's arguments.
+        boot_timeout: seconds until the guest has to take commands.
+    """
+
+    # The device models of QEMU. An id that has none gets the generic one, for which QEMU has to be told the numbers of
+    # queues and of bytes of configuration space: as a property, or here.
+    MODELS = {
+        2: "vhost-user-blk-pci",
+        3: "vhost-user-test-device-pci,virtio-id=3,num_vqs=2,config_size=12",
+        4: "vhost-user-rng-pci",
+        17: "vhost-user-rtc-pci",
+        18: "vhost-user-input-pci",
+        19: "vhost-user-vsock-pci",
+        25: "vhost-user-snd-pci",
+        26: "vhost-user-fs-pci",
+        34: "vhost-user-i2c-pci",
+        41: "vhost-user-gpio-pci",
+        45: "vhost-user-spi-pci",
+    }
+
+    def __init__(
+        self,
+        devices: Sequence[tuple[StrPath, int] | tuple[StrPath, int, str]] = (),
+        *,
+        memory: str = "256M",
+        cpus: int = 1,
+        reconnect: int = 0,
+        files: StrPath | None = None,
+        extra_args: Sequence[str] = (),
+        boot_timeout: float = 120,
+    ) -> None:
+        super().__init__(extra_args, boot_timeout)
+        self.devices = list(devices)
+        self.memory = memory
+        self.cpus = cpus
+        self.reconnect = reconnect
+        self.files = files
+
+    def _command_line(self, channel: int, directory: Path) -> list[str]:
+        files = Path(self.files) if self.files else _newest_build("qemu-*/vmlinuz").parent
+        command = [
+            f"{files}/qemu-system-x86_64",
+            *"-nodefaults -no-user-config -display none -machine q35 -accel tcg,thread=multi -cpu max".split(),
+            *("-smp", str(self.cpus)),
+            # A vhost-user device maps the guest's memory: it has to be a file that can be shared.
+            *("-m", self.memory),
+            *("-object", f"memory-backend-memfd,id=memory,size={self.memory},share=on", "-numa", "node,memdev=memory"),
+            *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initramfs"),
+            *("-append", f'console=ttyS0 panic=-1 -- sh -c "{_LISTEN}"'),
+            *("-chardev", "stdio,id=log,signal=off", "-device", "isa-serial,chardev=log"),
+            *("-chardev", f"socket,id=channel,fd={channel}", "-device", "isa-serial,chardev=channel"),
+        ]
+        for number, device in enumerate(self.devices):
+            command += self._device(f"device{number}", *device)
+        return command + self.extra_args
+
+    def _device(self, name: str, path: StrPath, device_id: int, properties: str = "") -> list[str]:
+        chardev = f"socket,id={name},path={os.path.abspath(path).replace(',', ',,')}"
+        if self.reconnect:
+            chardev += f",reconnect-ms={self.reconnect * 1000}"
+        else:
+            _existing_socket(path)
+        model = self.MODELS.get(device_id, f"vhost-user-test-device-pci,virtio-id={int(device_id)}")
+        return ["-chardev", chardev, "-device", ",".join(filter(None, [model, f"chardev={name}", properties]))]
 
 
 class _Machine:
