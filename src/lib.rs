@@ -20,3 +20,16 @@ pub mod virtqueue;
 mod bindings;
 
 pub use error::{Error, RingError};
+
+/// The extension module `vhost_user._core`.
+#[cfg(feature = "python")]
+#[pyo3::pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::bindings::{Backend, GuestBuffer, Request};
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        super::bindings::connect_logging(module.py())
+    }
+}

@@ -1,1 +1,28 @@
+//! The device's side of a session: the message state machine, its vrings, and the event loop that drives both.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `session` | one connection: what was negotiated, and what each message does |
+//! | `vring` | one queue across connections: its state, requests in flight, statistics |
+//! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
+//! | `channel` | requests of the back-end, sent from any thread |
+//! | `config` | the bytes of the configuration space |
+//! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
+//!
+//! Everything runs on the thread that runs the loop, except what says otherwise. Nothing here knows of Python.
 
+mod channel;
+mod config;
+mod event_loop;
+mod notification;
+mod session;
+mod vring;
+
+pub use channel::Channel;
+pub use config::ConfigSpace;
+pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
+pub use session::{Flow, Hooks, Profile, Session};
+pub use vring::{Run, Statistics, Taken, Vring, VringStatus};
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,22 @@
+//! Thin classes over the core, for the `vhost_user` Python package.
+//!
+//! Every class is frozen: what changes is behind a lock or an atomic, so that a free-threaded interpreter can use them
+//! too. No lock of the core is ever held while Python runs, and none is waited for that a thread without the
+//! interpreter might hold for long.
 
+mod backend;
+mod buffer;
+mod errors;
+mod request;
+
+pub use backend::Backend;
+pub use buffer::GuestBuffer;
+pub use request::Request;
+
+/// Send the core's log records to Python's `logging`, below the logger "vhost_user".
+pub fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
+    let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::LoggersAndLevels)?.install();
+    // Another copy of the core in this process has done it already.
+    drop(installed);
+    Ok(())
+}

@@ -42,7 +42,7 @@ impl RingAddresses {
 }
 
 /// What driver and device agreed on for a ring.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingOptions {
     pub event_idx: bool,
     /// Whether chains may be in indirect tables.
@@ -121,6 +121,8 @@ pub struct SplitRing {
     decided: Option<u16>,
     /// Chains taken and not given back.
     in_flight: u16,
+    /// The chain that was taken last, while it may still be put back.
+    last_taken: Option<u16>,
 
     /// The region that was used last.
     hint: usize,
@@ -157,6 +159,7 @@ impl SplitRing {
             published: 0,
             decided: None,
             in_flight: 0,
+            last_taken: None,
             hint: 0,
             table: Vec::new(),
         };
@@ -175,6 +178,13 @@ impl SplitRing {
         self.parts = pointers.0;
         self.snapshot = snapshot;
         self.hint = 0;
+    }
+
+    /// Go on at other addresses in the same memory, or stay where it is with an error.
+    pub fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
+        self.parts = Parts::resolve(addresses, self.size, &self.snapshot, self.options.event_idx)?;
+        self.addresses = addresses;
+        Ok(())
     }
 
     #[must_use]
@@ -226,13 +236,19 @@ impl SplitRing {
         self.walk(head, chain)?;
         self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
+        self.last_taken = Some(head);
         Ok(true)
     }
 
-    /// Give the chain that was taken last back to the available ring, as if it had not been taken.
-    pub fn unpop(&mut self) {
+    /// Give the chain that was taken last back to the available ring, as if it had not been taken. False, and nothing
+    /// happens, if `head` is not the one that was taken last.
+    pub fn unpop(&mut self, head: u16) -> bool {
+        if self.last_taken.take_if(|last| *last == head).is_none() {
+            return false;
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
         self.in_flight -= 1;
+        true
     }
 
     /// Fill the next used entry. The driver sees it after [`publish`](Self::publish).
@@ -247,6 +263,7 @@ impl SplitRing {
         }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight = self.in_flight.saturating_sub(1);
+        self.last_taken.take_if(|last| *last == used.head);
     }
 
     /// Show the driver every used entry that was filled. Returns whether it wants to be notified.

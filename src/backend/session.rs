@@ -1,0 +1,677 @@
+//! One connection: what was negotiated, and what each message does.
+//!
+//! vhost-user specification, "Front-end message types" and "Ring states".
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::channel::Channel;
+use super::config::ConfigSpace;
+use super::event_loop::{EventLoop, Interest, Token};
+use super::notification::Kick;
+use super::vring::Vring;
+use crate::error::{Error, RingError};
+use crate::memory::{Snapshot, faults_seen};
+use crate::protocol::{
+    Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable, Payload, ProtocolFeatures, Rings,
+    SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+};
+use crate::transport::{Connection, Frame, Received};
+use crate::virtqueue::{RingAddresses, RingOptions};
+
+/// How long the front-end may take to read a reply.
+const SEND_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long a driver that takes a queue away without GET_VRING_BASE waits for requests in flight. User-Mode Linux
+/// holds a spinlock in the meantime.
+const QUIESCE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long the end of a session waits for requests in flight, so that a front-end that comes back finds each one
+/// either finished or untouched.
+const END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How often somebody is told that GET_VRING_BASE is still waiting.
+const DRAIN_REMINDER: Duration = Duration::from_secs(5);
+
+/// Regions that ADD_MEM_REG may add up to: what libvhost-user answers, and QEMU's own limit nearly.
+const MAX_MEMORY_SLOTS: usize = 509;
+
+/// Descriptors in an indirect table, at the most, whatever the queue's size. QEMU has the same limit.
+const MAX_INDIRECT: u32 = 1024;
+
+/// Transport features that some front ends take without asking; they cost nothing.
+const TAKEN_WITHOUT_ASKING: VirtioFeatures =
+    VirtioFeatures(VirtioFeatures::INDIRECT_DESC.0 | VirtioFeatures::EVENT_IDX.0 | VirtioFeatures::VERSION_1.0);
+
+/// What a device offers.
+#[derive(Clone, Copy, Debug)]
+pub struct Profile {
+    /// Bits of the device type, as in GET_FEATURES.
+    pub device_features: u64,
+    /// Whether the device has a configuration space.
+    pub has_config: bool,
+}
+
+impl Profile {
+    /// The answer to GET_FEATURES.
+    #[must_use]
+    pub fn features(&self) -> VirtioFeatures {
+        VirtioFeatures(self.device_features) | TAKEN_WITHOUT_ASKING | VirtioFeatures::PROTOCOL_FEATURES
+    }
+
+    /// The answer to GET_PROTOCOL_FEATURES. Only what is implemented is offered: QEMU accepts bits it has no code for.
+    #[must_use]
+    pub fn protocol_features(&self) -> ProtocolFeatures {
+        let always = ProtocolFeatures::MQ
+            | ProtocolFeatures::REPLY_ACK
+            | ProtocolFeatures::BACKEND_REQ
+            | ProtocolFeatures::RESET_DEVICE
+            | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | ProtocolFeatures::STATUS;
+        if self.has_config { always | ProtocolFeatures::CONFIG } else { always }
+    }
+}
+
+/// What a session tells the device. Called on the loop's thread, with no lock held.
+pub trait Hooks {
+    /// SET_FEATURES was accepted.
+    fn features_negotiated(&mut self, features: u64);
+    /// The queue may be worked on from now on.
+    fn queue_started(&mut self, queue: u16);
+    /// The queue is about to be stopped, or is lost already: what is held should be completed.
+    fn queue_stopping(&mut self, queue: u16);
+    /// The queue broke, with the reason. It is stopped; the others go on.
+    fn queue_broke(&mut self, queue: u16, error: &RingError);
+    /// SET_CONFIG. An error refuses the message.
+    fn config_written(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String>;
+    /// The driver reset the device.
+    fn device_reset(&mut self);
+}
+
+/// Whether a session goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    /// The connection is over, and everything it configured is forgotten.
+    Ended,
+}
+
+/// What is to be done when requests in flight are finished.
+#[derive(Debug)]
+enum Then {
+    ReplyVringBase(u16),
+    Acknowledge { request: FrontendRequest, need_reply: bool },
+    ReplyFeatures,
+    Reset { request: FrontendRequest, need_reply: bool },
+    End(Option<Error>),
+}
+
+#[derive(Debug)]
+struct Waiting {
+    queues: Vec<u16>,
+    since: Instant,
+    deadline: Option<Instant>,
+    timer: u64,
+    then: Then,
+}
+
+/// A connection with a front-end.
+#[derive(Debug)]
+pub struct Session {
+    connection: Connection,
+    profile: Profile,
+    vrings: Arc<[Arc<Vring>]>,
+    config: Arc<ConfigSpace>,
+    channel: Arc<Channel>,
+    events: Arc<EventLoop>,
+    memory: Arc<Snapshot>,
+    features: Option<VirtioFeatures>,
+    protocol_features: ProtocolFeatures,
+    status: u8,
+    /// Which queues the device was told of as started.
+    started: Vec<bool>,
+    waiting: Option<Waiting>,
+    /// Queues that were started and should be looked at without waiting for a kick.
+    ready: VecDeque<u16>,
+    faults: u64,
+}
+
+impl Session {
+    /// Serve the front-end at the other end of `socket`.
+    pub fn new(
+        socket: OwnedFd,
+        profile: Profile,
+        vrings: Arc<[Arc<Vring>]>,
+        config: Arc<ConfigSpace>,
+        channel: Arc<Channel>,
+        events: Arc<EventLoop>,
+    ) -> Result<Self, Error> {
+        let connection = Connection::new(socket)?;
+        events.watch(&connection, Token::Session, Interest::READABLE)?;
+        Ok(Self {
+            connection,
+            profile,
+            started: vec![false; vrings.len()],
+            vrings,
+            config,
+            channel,
+            events,
+            memory: Arc::default(),
+            features: None,
+            protocol_features: ProtocolFeatures::default(),
+            status: 0,
+            waiting: None,
+            ready: VecDeque::new(),
+            faults: faults_seen(),
+        })
+    }
+
+    /// The socket is readable: handle every message that is there.
+    pub fn on_readable(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        while self.waiting.is_none() {
+            match self.connection.try_receive() {
+                Ok(Received::Incomplete) => return Ok(Flow::Continue),
+                Ok(Received::Closed) => return self.end(hooks, None),
+                Ok(Received::Frame(frame)) => {
+                    if let Err(error) = self.handle(frame, hooks) {
+                        return self.end(hooks, Some(error));
+                    }
+                }
+                Err(error) => return self.end(hooks, Some(error)),
+            }
+            self.settle(hooks);
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// Something that the session may wait for has happened, or its timer is due.
+    pub fn resume(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };
+        let busy: Vec<u16> = waiting.queues.iter().copied().filter(|queue| !self.vring(*queue).drain()).collect();
+        let now = Instant::now();
+        if !busy.is_empty() && waiting.deadline.is_none_or(|deadline| now < deadline) {
+            if waiting.deadline.is_none() && now - waiting.since >= DRAIN_REMINDER {
+                self.remind(now);
+            }
+            return Ok(Flow::Continue);
+        }
+        for queue in busy {
+            log::warn!(
+                "queue {queue}: the driver took it away while the device held {} requests; complete what you hold when \
+                 the queue stops",
+                self.vring(queue).in_flight()
+            );
+        }
+        let Some(waiting) = self.waiting.take() else { return Ok(Flow::Continue) };
+        self.events.cancel_timer(waiting.timer);
+        let result = match waiting.then {
+            Then::End(error) => {
+                self.forget_everything();
+                return error.map_or(Ok(Flow::Ended), Err);
+            }
+            then => self.after_drain(then, &waiting.queues, hooks),
+        };
+        if let Err(error) = result {
+            return self.end(hooks, Some(error));
+        }
+        self.watch_connection(true);
+        self.settle(hooks);
+        self.on_readable(hooks)
+    }
+
+    /// End the session for a reason of ours, after requests in flight are done.
+    pub fn stop(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        self.end(hooks, None)
+    }
+
+    /// Whether the session only waits for requests in flight.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        matches!(&self.waiting, Some(Waiting { then: Then::End(_), .. }))
+    }
+
+    /// A queue that should be looked at although nobody kicked it.
+    pub fn next_ready(&mut self) -> Option<u16> {
+        self.ready.pop_front()
+    }
+
+    /// The kick descriptor of a queue is readable. The queue should be looked at afterwards.
+    pub fn on_kick(&mut self, queue: u16, hooks: &mut dyn Hooks) {
+        let Some(vring) = self.vrings.get(usize::from(queue)) else { return };
+        vring.on_kick(|kick| self.events.forget(kick));
+        if !self.started[usize::from(queue)] && self.waiting.is_none() {
+            self.settle(hooks);
+        }
+    }
+
+    /// The queue broke while the device took chains from it.
+    pub fn queue_broke(&mut self, queue: u16, error: &RingError, hooks: &mut dyn Hooks) {
+        hooks.queue_broke(queue, error);
+        self.settle(hooks);
+    }
+
+    /// Whether any ring has to be looked at because its front-end gave no kick descriptor.
+    #[must_use]
+    pub fn polled_queues(&self) -> Vec<u16> {
+        self.vrings.iter().filter(|vring| vring.needs_polling()).map(|vring| vring.index()).collect()
+    }
+
+    /// An error if guest memory was taken away under us. Cheap unless something was lost somewhere.
+    pub fn check_memory(&mut self) -> Result<(), Error> {
+        let faults = faults_seen();
+        if faults == self.faults {
+            return Ok(());
+        }
+        self.faults = faults;
+        match self.memory.lost_region() {
+            None => Ok(()),
+            Some(region) => Err(Error::Memory(format!(
+                "the front-end shrank the file behind the {:#x} bytes of guest memory at {:#x} while they were in use",
+                region.size, region.guest_address
+            ))),
+        }
+    }
+
+    /// End the session because of `error`, after requests in flight are done.
+    pub fn fail(&mut self, error: Error, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        self.end(hooks, Some(error))
+    }
+
+    /// What SET_FEATURES accepted, if it came.
+    #[must_use]
+    pub fn features(&self) -> Option<u64> {
+        self.features.map(|features| features.0)
+    }
+
+    #[must_use]
+    pub fn protocol_features(&self) -> u64 {
+        self.protocol_features.0
+    }
+
+    // --- Messages -------------------------------------------------------------------------------------------------
+
+    fn handle(&mut self, frame: Frame, hooks: &mut dyn Hooks) -> Result<(), Error> {
+        self.check_memory()?;
+        frame.header.check_request()?;
+        let request = FrontendRequest::from_id(frame.header.request)?;
+        let need_reply = frame.header.flags.need_reply();
+        log::debug!(
+            "<- {} ({} bytes, {} descriptors{})",
+            request.name(),
+            frame.payload.len(),
+            frame.descriptors.len(),
+            if need_reply { ", wants an answer" } else { "" }
+        );
+        match self.decode(request, frame).and_then(|(message, files)| self.apply(message, files, need_reply, hooks)) {
+            Ok(Done::Answered) => Ok(()),
+            Ok(Done::Acknowledge) => self.acknowledge(request, need_reply, 0),
+            Err(error) => self.refuse(request, need_reply, error),
+        }
+    }
+
+    fn decode(&self, request: FrontendRequest, frame: Frame) -> Result<(FrontendMessage, Vec<OwnedFd>), Error> {
+        let refuse = |reason| Err(Error::Refused { message: request.name(), reason });
+        if let Some(defect) = frame.defect {
+            return refuse(defect);
+        }
+        let message = FrontendMessage::decode(request, &frame.payload, frame.descriptors.len())?;
+        let info = request.info();
+        if let Gate::Protocol(feature) = info.gate
+            && !self.profile.protocol_features().contains(feature)
+        {
+            return refuse(format!("needs the protocol feature {feature}, which this device did not offer"));
+        }
+        if matches!(info.gate, Gate::AccessPlatform | Gate::Gpu) {
+            return refuse("belongs to a feature that this device did not offer".to_owned());
+        }
+        if info.rings == Rings::One
+            && let Some(queue) = message.queue()
+            && queue as usize >= self.vrings.len()
+        {
+            return refuse(format!("queue {queue} does not exist; the device has {}", self.vrings.len()));
+        }
+        Ok((message, frame.descriptors))
+    }
+
+    fn apply(
+        &mut self,
+        message: FrontendMessage,
+        mut files: Vec<OwnedFd>,
+        need_reply: bool,
+        hooks: &mut dyn Hooks,
+    ) -> Result<Done, Error> {
+        use FrontendMessage as M;
+        let request = message.request();
+        let refuse = |reason: String| Error::Refused { message: request.name(), reason };
+        // The queue's index was checked against the table's row.
+        let queue = message.queue().unwrap_or(0) as u16;
+        match message {
+            M::GetFeatures(Empty) => {
+                // Without SET_VRING_ENABLE this is all that User-Mode Linux sends before it takes the rings away.
+                let running = self.active_queues();
+                if running.is_empty() || self.has(VirtioFeatures::PROTOCOL_FEATURES) {
+                    return self.reply(request, U64(self.profile.features().0));
+                }
+                return self.wait_for(running, Some(QUIESCE_DEADLINE), Then::ReplyFeatures, hooks);
+            }
+            M::SetFeatures(U64(bits)) => self.set_features(VirtioFeatures(bits), hooks).map_err(refuse)?,
+            M::SetOwner(Empty) | M::ResetOwner(Empty) => {}
+            M::SetMemTable(MemoryTable { regions }) => {
+                let memory = Snapshot::from_table(&regions, &files).map_err(|error| refuse(error.to_string()))?;
+                self.set_memory(memory).map_err(refuse)?;
+            }
+            M::AddMemReg(SingleRegion { region, .. }) => {
+                if self.memory.len() >= MAX_MEMORY_SLOTS {
+                    return Err(refuse(format!("all {MAX_MEMORY_SLOTS} memory slots are taken")));
+                }
+                let file = files.swap_remove(0);
+                let memory = self.memory.with(region, &file).map_err(|error| refuse(error.to_string()))?;
+                self.set_memory(memory).map_err(refuse)?;
+            }
+            M::RemMemReg(SingleRegion { region, .. }) => {
+                let memory = self.memory.without(&region).map_err(|error| refuse(error.to_string()))?;
+                self.set_memory(memory).map_err(refuse)?;
+            }
+            M::SetVringNum(VringState { num, .. }) => self.vring(queue).set_size(num).map_err(refuse)?,
+            M::SetVringBase(VringState { num, .. }) => self.vring(queue).set_base(num).map_err(refuse)?,
+            M::SetVringAddr(VringAddress { descriptors, avail, used, .. }) => {
+                self.vring(queue).set_addresses(RingAddresses { descriptors, avail, used }).map_err(refuse)?;
+            }
+            M::GetVringBase(_) => {
+                return self.wait_for(vec![queue], None, Then::ReplyVringBase(queue), hooks);
+            }
+            M::SetVringKick(_) => {
+                let events = Arc::clone(&self.events);
+                let mut watched = Ok(());
+                self.vring(queue).set_kick(
+                    files.pop(),
+                    |old| events.forget(old),
+                    |new| watched = events.watch(new, Token::Queue(queue), Interest::READABLE),
+                );
+                watched.map_err(|error| refuse(error.to_string()))?;
+                self.ready.push_back(queue);
+            }
+            M::SetVringCall(_) => self.vring(queue).set_call(files.pop()),
+            M::SetVringErr(_) => self.vring(queue).set_error(files.pop()),
+            M::SetVringEnable(VringState { num, .. }) => match num {
+                0 => {
+                    let then = Then::Acknowledge { request, need_reply };
+                    return self.wait_for(vec![queue], Some(QUIESCE_DEADLINE), then, hooks);
+                }
+                1 => self.vring(queue).set_enabled(true),
+                other => return Err(refuse(format!("queue {queue}: {other} is neither 0 (disable) nor 1 (enable)"))),
+            },
+            M::GetProtocolFeatures(Empty) => return self.reply(request, U64(self.profile.protocol_features().0)),
+            M::SetProtocolFeatures(U64(bits)) => {
+                let unknown = ProtocolFeatures(bits).without(self.profile.protocol_features());
+                if !unknown.is_empty() {
+                    return Err(refuse(format!("{unknown} was not offered")));
+                }
+                self.protocol_features = ProtocolFeatures(bits);
+            }
+            M::GetQueueNum(Empty) => return self.reply(request, U64(self.vrings.len() as u64)),
+            M::SetBackendReqFd(Empty) => {
+                self.channel.connect(files.pop()).map_err(|error| refuse(error.to_string()))?;
+                self.channel.set_suspended(self.active_queues().is_empty());
+            }
+            M::GetConfig(Config { offset, flags, bytes }) => {
+                let bytes = self.config.read(offset as usize, bytes.len());
+                return self.reply(request, Config { offset, flags, bytes });
+            }
+            M::SetConfig(Config { offset, bytes, .. }) => hooks.config_written(offset, &bytes).map_err(refuse)?,
+            M::ResetDevice(Empty) => {
+                let queues = self.all_queues();
+                return self.wait_for(queues, Some(QUIESCE_DEADLINE), Then::Reset { request, need_reply }, hooks);
+            }
+            M::GetMaxMemSlots(Empty) => return self.reply(request, U64(MAX_MEMORY_SLOTS as u64)),
+            M::SetStatus(U64(status)) => {
+                self.status = u8::try_from(status).map_err(|_| refuse(format!("{status:#x} has more than 8 bits")))?;
+                if status == 0 {
+                    // QEMU has stopped every ring by now; what the front-end configured stays.
+                    hooks.device_reset();
+                }
+            }
+            M::GetStatus(Empty) => return self.reply(request, U64(u64::from(self.status))),
+            // Everything else is behind a feature that is not offered, or asks for nothing that we keep.
+            M::SetLogBase(_) | M::SetLogFd(_) => {
+                return Err(refuse("dirty logging was not offered (LOG_ALL, LOG_SHMFD)".to_owned()));
+            }
+            _ => return Err(refuse("this message is not supported".to_owned())),
+        }
+        Ok(Done::Acknowledge)
+    }
+
+    fn set_features(&mut self, features: VirtioFeatures, hooks: &mut dyn Hooks) -> Result<(), String> {
+        let unknown = features.without(self.profile.features());
+        if !unknown.is_empty() {
+            return Err(format!("{unknown} was not offered"));
+        }
+        let options = RingOptions {
+            event_idx: features.contains(VirtioFeatures::EVENT_IDX),
+            indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
+            max_indirect: MAX_INDIRECT,
+        };
+        self.vrings.iter().try_for_each(|vring| vring.check_options(options))?;
+        for vring in self.vrings.iter() {
+            vring.set_options(options);
+            if !features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
+                vring.set_enabled(true);
+            }
+        }
+        self.features = Some(features);
+        hooks.features_negotiated(features.0);
+        Ok(())
+    }
+
+    fn set_memory(&mut self, memory: Snapshot) -> Result<(), String> {
+        self.vrings.iter().try_for_each(|vring| vring.check_memory(&memory))?;
+        let memory = Arc::new(memory);
+        for vring in self.vrings.iter() {
+            vring.set_memory(&memory);
+        }
+        self.memory = memory;
+        Ok(())
+    }
+
+    // --- Waiting for requests in flight -----------------------------------------------------------------------------
+
+    /// Stop taking from `queues`, and do `then` when nothing of theirs is in flight, or at the deadline.
+    fn wait_for(
+        &mut self,
+        queues: Vec<u16>,
+        deadline: Option<Duration>,
+        then: Then,
+        hooks: &mut dyn Hooks,
+    ) -> Result<Done, Error> {
+        for queue in &queues {
+            self.tell_stopping(*queue, hooks);
+        }
+        let idle = queues.iter().fold(true, |idle, queue| self.vring(*queue).drain() && idle);
+        if idle {
+            return self.after_drain(then, &queues, hooks).map(|()| Done::Answered);
+        }
+        let since = Instant::now();
+        let deadline = deadline.map(|after| since + after);
+        let timer = self.events.add_timer(deadline.unwrap_or(since + DRAIN_REMINDER));
+        self.waiting = Some(Waiting { queues, since, deadline, timer, then });
+        self.watch_connection(false);
+        Ok(Done::Answered)
+    }
+
+    fn after_drain(&mut self, then: Then, queues: &[u16], hooks: &mut dyn Hooks) -> Result<(), Error> {
+        match then {
+            Then::ReplyVringBase(queue) => {
+                let events = Arc::clone(&self.events);
+                let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
+                let state = VringState { index: u32::from(queue), num: u32::from(base) };
+                self.reply(FrontendRequest::GetVringBase, state).map(drop)
+            }
+            Then::Acknowledge { request, need_reply } => {
+                for queue in queues {
+                    self.vring(*queue).set_enabled(false);
+                    self.vring(*queue).undrain();
+                }
+                self.acknowledge(request, need_reply, 0)
+            }
+            Then::ReplyFeatures => {
+                for queue in queues {
+                    self.vring(*queue).park();
+                }
+                self.reply(FrontendRequest::GetFeatures, U64(self.profile.features().0)).map(drop)
+            }
+            Then::Reset { request, need_reply } => {
+                for queue in queues {
+                    self.vring(*queue).reset();
+                }
+                self.status = 0;
+                hooks.device_reset();
+                self.acknowledge(request, need_reply, 0)
+            }
+            Then::End(_) => Ok(()),
+        }
+    }
+
+    /// End the session: now, or when what is in flight is done and published.
+    fn end(&mut self, hooks: &mut dyn Hooks, error: Option<Error>) -> Result<Flow, Error> {
+        if self.is_ending() {
+            return Ok(Flow::Continue);
+        }
+        if let Some(waiting) = self.waiting.take() {
+            self.events.cancel_timer(waiting.timer);
+        }
+        self.events.forget(&self.connection);
+        let queues = self.active_queues();
+        for queue in self.all_queues() {
+            self.tell_stopping(queue, hooks);
+        }
+        let idle = queues.iter().fold(true, |idle, queue| self.vring(*queue).drain() && idle);
+        if idle {
+            self.forget_everything();
+            return error.map_or(Ok(Flow::Ended), Err);
+        }
+        let since = Instant::now();
+        let deadline = since + END_DEADLINE;
+        let timer = self.events.add_timer(deadline);
+        self.waiting = Some(Waiting { queues, since, deadline: Some(deadline), timer, then: Then::End(error) });
+        Ok(Flow::Continue)
+    }
+
+    fn forget_everything(&mut self) {
+        self.events.forget(&self.connection);
+        for vring in self.vrings.iter() {
+            vring.disconnect(|kick| self.events.forget(kick));
+        }
+        let _ = self.channel.connect(None);
+        self.memory = Arc::default();
+    }
+
+    fn remind(&mut self, now: Instant) {
+        let Some(waiting) = &mut self.waiting else { return };
+        waiting.since = now;
+        waiting.timer = self.events.add_timer(now + DRAIN_REMINDER);
+        for queue in waiting.queues.clone() {
+            log::warn!(
+                "queue {queue}: the front-end waits (GET_VRING_BASE) for {} requests that the device has not completed",
+                self.vring(queue).in_flight()
+            );
+        }
+    }
+
+    /// Nothing is read from the front-end while it waits for us.
+    fn watch_connection(&self, readable: bool) {
+        let interest = Interest { readable, writable: false };
+        if let Err(error) = self.events.change(&self.connection, Token::Session, interest) {
+            log::error!("{error}");
+        }
+    }
+
+    // --- Rings ------------------------------------------------------------------------------------------------------
+
+    /// Start what can be started, and tell the device what became of its queues.
+    fn settle(&mut self, hooks: &mut dyn Hooks) {
+        for queue in self.all_queues() {
+            if let Err(error) = self.vring(queue).try_start(&self.memory) {
+                hooks.queue_broke(queue, &error);
+            }
+            let active = self.vring(queue).is_active();
+            if active && !self.started[usize::from(queue)] && self.waiting.is_none() {
+                self.started[usize::from(queue)] = true;
+                self.channel.set_suspended(false);
+                hooks.queue_started(queue);
+                self.ready.push_back(queue);
+            } else if !active {
+                self.tell_stopping(queue, hooks);
+            }
+        }
+    }
+
+    fn tell_stopping(&mut self, queue: u16, hooks: &mut dyn Hooks) {
+        if std::mem::take(&mut self.started[usize::from(queue)]) {
+            self.channel.set_suspended(!self.started.contains(&true));
+            hooks.queue_stopping(queue);
+        }
+    }
+
+    fn vring(&self, queue: u16) -> &Vring {
+        &self.vrings[usize::from(queue)]
+    }
+
+    fn all_queues(&self) -> Vec<u16> {
+        self.vrings.iter().map(|vring| vring.index()).collect()
+    }
+
+    fn active_queues(&self) -> Vec<u16> {
+        self.vrings.iter().filter(|vring| vring.is_active()).map(|vring| vring.index()).collect()
+    }
+
+    fn has(&self, feature: VirtioFeatures) -> bool {
+        self.features.is_some_and(|features| features.contains(feature))
+    }
+
+    // --- Answers ----------------------------------------------------------------------------------------------------
+
+    fn reply(&self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
+        let mut bytes = Vec::new();
+        payload.encode(&mut bytes);
+        log::debug!("-> {} ({} bytes)", request.name(), bytes.len());
+        self.connection.send(request as u32, Flags::ANSWER, &bytes, &[], Instant::now() + SEND_DEADLINE)?;
+        Ok(Done::Answered)
+    }
+
+    /// Answer whoever asked for it, whether or not REPLY_ACK was negotiated: QEMU and User-Mode Linux count on that.
+    fn acknowledge(&self, request: FrontendRequest, need_reply: bool, status: u64) -> Result<(), Error> {
+        if need_reply { self.reply(request, U64(status)).map(drop) } else { Ok(()) }
+    }
+
+    /// Refuse one message: by an answer if one is expected, by closing the connection if there is no other way to say it.
+    fn refuse(&self, request: FrontendRequest, need_reply: bool, error: Error) -> Result<(), Error> {
+        if !matches!(error, Error::Refused { .. }) {
+            return Err(error);
+        }
+        if request == FrontendRequest::GetConfig {
+            log::warn!("{error}");
+            return self.reply(request, Empty).map(drop);
+        }
+        if need_reply && request.info().answer == crate::protocol::Answer::Ack {
+            log::warn!("refused: {error}");
+            return self.acknowledge(request, true, 1);
+        }
+        Err(error)
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+}
+
+/// What is left to do for a message that was applied.
+#[derive(Debug, PartialEq, Eq)]
+enum Done {
+    /// A reply was sent, or will be.
+    Answered,
+    Acknowledge,
+}

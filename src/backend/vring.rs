@@ -1,0 +1,624 @@
+//! One queue of a device, across connections.
+//!
+//! Owns: the ring's state, what the front-end configured, requests in flight, statistics. A lock is held while chains
+//! are taken or given back, a batch at a time; never while a request is processed, and never while anything is logged.
+//!
+//! vhost-user specification, "Ring states".
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::event_loop::Wakeup;
+use super::notification::{Call, Kick, Kicked};
+use crate::error::RingError;
+use crate::memory::Snapshot;
+use crate::virtqueue::{Chain, RingAddresses, RingOptions, SplitRing, Used};
+
+/// Counters of one queue, since the device was made.
+#[derive(Debug, Default)]
+pub struct Statistics {
+    pub requests: AtomicU64,
+    /// Bytes that drivers offered to be read, and bytes that the device wrote.
+    pub bytes_read: AtomicU64,
+    pub bytes_written: AtomicU64,
+    pub kicks: AtomicU64,
+    pub calls: AtomicU64,
+    pub calls_suppressed: AtomicU64,
+    /// Requests whose handler failed, and rings that broke.
+    pub errors: AtomicU64,
+}
+
+/// One life of a ring: from its start, or a change of memory, to the next. A request keeps the one it came from.
+#[derive(Debug)]
+pub struct Run {
+    /// Keeps the memory of the request mapped.
+    pub snapshot: Arc<Snapshot>,
+    generation: u64,
+}
+
+/// The outcome of [`Vring::take`].
+#[derive(Debug)]
+pub enum Taken {
+    /// Chains were appended, and this is the run that they belong to.
+    Chains(Arc<Run>),
+    /// There is nothing now; the driver was asked to kick.
+    Nothing,
+    /// The ring does not run: it is stopped, disabled, being stopped, or broken.
+    NotRunning,
+    /// The ring broke just now.
+    Broken(RingError),
+}
+
+/// What a vring is doing, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VringStatus {
+    Stopped,
+    Disabled,
+    Running,
+    Broken,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Not touching the ring. The next start begins at `base`.
+    Stopped {
+        base: u16,
+    },
+    Running {
+        ring: Box<SplitRing>,
+        run: Arc<Run>,
+    },
+    Broken {
+        base: u16,
+    },
+}
+
+#[derive(Debug)]
+enum KickSource {
+    Descriptor(Kick),
+    /// The front-end gave no descriptor: the ring has to be looked at.
+    Poll,
+}
+
+#[derive(Debug)]
+struct Inner {
+    max_size: u16,
+    size: u16,
+    addresses: Option<RingAddresses>,
+    options: RingOptions,
+    /// A ring with a source of kicks is started, in the specification's words.
+    kick: Option<KickSource>,
+    call: Option<Arc<Call>>,
+    error: Option<Call>,
+    enabled: bool,
+    /// The front-end may be gone without having said so: nothing is touched until it kicks or sets up the ring.
+    parked: bool,
+    /// Nothing is taken while somebody waits for what is in flight.
+    draining: bool,
+    state: State,
+    /// Completed while the ring may not be touched; published when it may again.
+    held: Vec<Used>,
+}
+
+/// A queue. All methods may be called from any thread.
+#[derive(Debug)]
+pub struct Vring {
+    index: u16,
+    inner: Mutex<Inner>,
+    /// The current run's; written under the lock, read without it.
+    generation: AtomicU64,
+    /// Told when the last request in flight is done and somebody waits for that.
+    wakeup: Wakeup,
+    pub statistics: Statistics,
+}
+
+impl Vring {
+    #[must_use]
+    pub fn new(index: u16, max_size: u16, wakeup: Wakeup) -> Self {
+        let inner = Inner {
+            max_size,
+            size: max_size,
+            addresses: None,
+            options: RingOptions { event_idx: false, indirect: false, max_indirect: 0 },
+            kick: None,
+            call: None,
+            error: None,
+            enabled: false,
+            parked: false,
+            draining: false,
+            state: State::Stopped { base: 0 },
+            held: Vec::new(),
+        };
+        Self {
+            index,
+            inner: Mutex::new(inner),
+            generation: AtomicU64::new(0),
+            wakeup,
+            statistics: Statistics::default(),
+        }
+    }
+
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    #[must_use]
+    pub fn status(&self) -> VringStatus {
+        let inner = self.lock();
+        match &inner.state {
+            State::Stopped { .. } => VringStatus::Stopped,
+            State::Broken { .. } => VringStatus::Broken,
+            State::Running { .. } if inner.enabled => VringStatus::Running,
+            State::Running { .. } => VringStatus::Disabled,
+        }
+    }
+
+    // --- Requests -------------------------------------------------------------------------------------------------
+
+    /// Take up to `max` chains, in the driver's order, appending them to `chains`; chains that `spare` holds are used
+    /// again. Empty only after the driver was asked to kick.
+    pub fn take(&self, max: usize, chains: &mut Vec<Chain>, spare: &mut Vec<Chain>) -> Taken {
+        let mut inner = self.lock();
+        if !inner.may_process() {
+            return Taken::NotRunning;
+        }
+        let State::Running { ring, run } = &mut inner.state else { return Taken::NotRunning };
+        match take_from(ring, max, chains, spare) {
+            Ok(0) => Taken::Nothing,
+            Ok(count) => {
+                let readable: u64 = chains[chains.len() - count..].iter().map(Chain::readable).sum();
+                self.statistics.requests.fetch_add(count as u64, Ordering::Relaxed);
+                self.statistics.bytes_read.fetch_add(readable, Ordering::Relaxed);
+                Taken::Chains(Arc::clone(run))
+            }
+            Err(error) => {
+                self.break_down(&mut inner);
+                Taken::Broken(error)
+            }
+        }
+    }
+
+    /// Give the chain that was taken last back, as if it had not been taken. Only right after [`take`](Self::take) of
+    /// one chain; returns whether it was possible.
+    pub fn put_back(&self, run: &Run, chain: &Chain) -> bool {
+        let mut inner = self.lock();
+        if run.generation != self.generation.load(Ordering::Relaxed) || !inner.held.is_empty() {
+            return false;
+        }
+        let State::Running { ring, .. } = &mut inner.state else { return false };
+        let done = ring.unpop(chain.head());
+        if done {
+            self.statistics.requests.fetch_sub(1, Ordering::Relaxed);
+            self.statistics.bytes_read.fetch_sub(chain.readable(), Ordering::Relaxed);
+        }
+        done
+    }
+
+    /// Give chains back to the driver and notify it if it wants that. Chains of an earlier run are forgotten: nobody
+    /// waits for them any more. Returns whether they were taken.
+    pub fn complete(&self, run: &Run, used: &[Used]) -> bool {
+        let mut inner = self.lock();
+        if run.generation != self.generation.load(Ordering::Relaxed) {
+            return false;
+        }
+        let may_touch = inner.may_touch();
+        let Inner { state, held, call, draining, .. } = &mut *inner;
+        let State::Running { ring, .. } = state else { return false };
+        let mut published = None;
+        if may_touch {
+            published = Some(publish(ring, used, call));
+        } else {
+            held.extend_from_slice(used);
+        }
+        let drained = *draining && usize::from(ring.in_flight()) == held.len();
+        drop(inner);
+
+        let written: u64 = used.iter().map(|entry| u64::from(entry.written)).sum();
+        self.statistics.bytes_written.fetch_add(written, Ordering::Relaxed);
+        if let Some(call) = published {
+            self.signal(call.as_deref());
+        }
+        if drained {
+            self.wakeup.wake();
+        }
+        true
+    }
+
+    /// Count a request whose handler failed, or that nobody answered.
+    pub fn count_error(&self) {
+        self.statistics.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether requests of `run` may still be worked on. False once the driver that made them is gone.
+    #[must_use]
+    pub fn is_current(&self, run: &Run) -> bool {
+        run.generation == self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Chains that the device has taken and not given back.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        let inner = self.lock();
+        match &inner.state {
+            State::Running { ring, .. } => usize::from(ring.in_flight()) - inner.held.len(),
+            _ => 0,
+        }
+    }
+
+    /// Chains that the driver has made available and nobody has taken.
+    #[must_use]
+    pub fn available(&self) -> usize {
+        let mut inner = self.lock();
+        if !inner.may_process() {
+            return 0;
+        }
+        match &mut inner.state {
+            State::Running { ring, .. } => ring.available().map_or(0, usize::from),
+            _ => 0,
+        }
+    }
+
+    // --- What the session does ------------------------------------------------------------------------------------
+
+    /// The kick descriptor is readable. One that will never be useful again is handed to `retire`.
+    pub(super) fn on_kick(&self, retire: impl FnOnce(&Kick)) {
+        let mut inner = self.lock();
+        let Some(KickSource::Descriptor(kick)) = &inner.kick else { return };
+        match kick.consume() {
+            Kicked::Yes => {
+                inner.parked = false;
+                self.statistics.kicks.fetch_add(1, Ordering::Relaxed);
+            }
+            Kicked::No => {}
+            Kicked::Dead => retire(kick),
+        }
+    }
+
+    /// Whether the ring runs and has no descriptor that would tell of kicks.
+    #[must_use]
+    pub fn needs_polling(&self) -> bool {
+        let inner = self.lock();
+        matches!((&inner.kick, &inner.state), (Some(KickSource::Poll), State::Running { .. })) && inner.enabled
+    }
+
+    /// Whether the device works on the ring at present.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.lock().is_active()
+    }
+
+    /// SET_VRING_NUM.
+    pub(super) fn set_size(&self, size: u32) -> Result<(), String> {
+        let mut inner = self.lock();
+        inner.refuse_if_active()?;
+        let max = inner.max_size;
+        match u16::try_from(size) {
+            Ok(size) if size.is_power_of_two() && size <= max => {
+                inner.size = size;
+                self.stop_here(&mut inner);
+                Ok(())
+            }
+            _ => Err(format!(
+                "queue {} asked for {size} entries; a split ring needs a power of two up to {max}",
+                self.index
+            )),
+        }
+    }
+
+    /// SET_VRING_BASE.
+    pub(super) fn set_base(&self, base: u32) -> Result<(), String> {
+        let mut inner = self.lock();
+        inner.refuse_if_active()?;
+        let base = u16::try_from(base)
+            .map_err(|_| format!("queue {} asked for base {base:#x}; a split ring has 16 bits", self.index))?;
+        self.stop_here(&mut inner);
+        inner.state = State::Stopped { base };
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR. A running ring goes on where it is, at its new addresses.
+    pub(super) fn set_addresses(&self, addresses: RingAddresses) -> Result<(), String> {
+        addresses.check_alignment()?;
+        let mut inner = self.lock();
+        if !inner.is_active() {
+            self.stop_here(&mut inner);
+        } else if let State::Running { ring, .. } = &mut inner.state {
+            ring.relocate(addresses).map_err(|error| error.to_string())?;
+        }
+        inner.addresses = Some(addresses);
+        Ok(())
+    }
+
+    /// SET_VRING_KICK: the ring is started, and looks at what is already there. The old source is handed to `retire`
+    /// before it is closed, and the new one to `watch`.
+    pub(super) fn set_kick(&self, descriptor: Option<OwnedFd>, retire: impl FnOnce(&Kick), watch: impl FnOnce(&Kick)) {
+        let mut inner = self.lock();
+        if let Some(KickSource::Descriptor(old)) = &inner.kick {
+            retire(old);
+        }
+        let source = descriptor.map_or(KickSource::Poll, |descriptor| KickSource::Descriptor(Kick::new(descriptor)));
+        if let KickSource::Descriptor(kick) = &source {
+            watch(kick);
+        }
+        inner.kick = Some(source);
+        inner.parked = false;
+        if let State::Broken { base } = inner.state {
+            inner.state = State::Stopped { base };
+        }
+    }
+
+    /// SET_VRING_CALL. Whoever listens on a new descriptor may have missed what the old one said.
+    pub(super) fn set_call(&self, descriptor: Option<OwnedFd>) {
+        let call = descriptor.map(|descriptor| Arc::new(Call::new(descriptor)));
+        let mut inner = self.lock();
+        inner.call.clone_from(&call);
+        let runs = matches!(inner.state, State::Running { .. });
+        drop(inner);
+        if let Some(call) = call.filter(|_| runs) {
+            call.signal();
+        }
+    }
+
+    /// SET_VRING_ERR.
+    pub(super) fn set_error(&self, descriptor: Option<OwnedFd>) {
+        self.lock().error = descriptor.map(Call::new);
+    }
+
+    /// SET_VRING_ENABLE, or SET_FEATURES without PROTOCOL_FEATURES.
+    pub(super) fn set_enabled(&self, enabled: bool) {
+        let mut inner = self.lock();
+        inner.enabled = enabled;
+        if enabled {
+            inner.draining = false;
+            inner.parked = false;
+        }
+    }
+
+    /// Nothing is touched until the next kick or set-up.
+    pub(super) fn park(&self) {
+        let mut inner = self.lock();
+        inner.parked = true;
+        inner.draining = false;
+    }
+
+    /// Whether SET_FEATURES may bring `options`.
+    pub(super) fn check_options(&self, options: RingOptions) -> Result<(), String> {
+        let inner = self.lock();
+        if inner.is_active() && inner.options != options {
+            return Err(format!("queue {} is running; its ring features cannot change now", self.index));
+        }
+        Ok(())
+    }
+
+    /// Use `options`, which [`check_options`](Self::check_options) has accepted, from the next start on.
+    pub(super) fn set_options(&self, options: RingOptions) {
+        let mut inner = self.lock();
+        if inner.options != options {
+            self.stop_here(&mut inner);
+            inner.options = options;
+        }
+    }
+
+    /// Start the ring if everything it needs is there, or publish what had to wait until it may be touched again.
+    pub(super) fn try_start(&self, snapshot: &Arc<Snapshot>) -> Result<(), RingError> {
+        let mut inner = self.lock();
+        if !inner.enabled || inner.parked || inner.kick.is_none() {
+            return Ok(());
+        }
+        let Inner { state, held, call, size, addresses, options, .. } = &mut *inner;
+        match state {
+            State::Broken { .. } => Ok(()),
+            State::Running { ring, .. } => {
+                if !held.is_empty() {
+                    let call = publish(ring, &std::mem::take(held), call);
+                    drop(inner);
+                    self.signal(call.as_deref());
+                }
+                Ok(())
+            }
+            State::Stopped { base } => {
+                let Some(addresses) = *addresses else { return Ok(()) };
+                if snapshot.is_empty() {
+                    return Ok(());
+                }
+                let base = *base;
+                match SplitRing::new(addresses, *size, base, *options, Arc::clone(snapshot)) {
+                    Ok(ring) => {
+                        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+                        let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
+                        *state = State::Running { ring: Box::new(ring), run };
+                        Ok(())
+                    }
+                    Err(error) => {
+                        self.break_down(&mut inner);
+                        Err(error)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether the ring could go on over `snapshot`; one that is not active need not.
+    pub(super) fn check_memory(&self, snapshot: &Snapshot) -> Result<(), String> {
+        let inner = self.lock();
+        match &inner.state {
+            State::Running { ring, .. } if inner.is_active() => {
+                ring.resolve(snapshot).map(drop).map_err(|error| format!("queue {} is running: {error}", self.index))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Go on over `snapshot`, which [`check_memory`](Self::check_memory) has accepted. Requests in flight keep the old.
+    pub(super) fn set_memory(&self, snapshot: &Arc<Snapshot>) {
+        let mut inner = self.lock();
+        if let State::Running { ring, run } = &mut inner.state {
+            match ring.resolve(snapshot) {
+                Ok(pointers) => {
+                    ring.move_to(pointers, Arc::clone(snapshot));
+                    *run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation: run.generation });
+                }
+                Err(_) => self.stop_here(&mut inner),
+            }
+        }
+    }
+
+    /// Take nothing more. Returns whether nothing is in flight; if something is, the loop is woken when it is done.
+    pub(super) fn drain(&self) -> bool {
+        let mut inner = self.lock();
+        inner.draining = true;
+        match &inner.state {
+            State::Running { ring, .. } => usize::from(ring.in_flight()) == inner.held.len(),
+            _ => true,
+        }
+    }
+
+    /// Take chains again.
+    pub(super) fn undrain(&self) {
+        self.lock().draining = false;
+    }
+
+    /// GET_VRING_BASE, after the drain: publish what had to wait, and stop. The descriptors go to `retire` first.
+    pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u16 {
+        let mut inner = self.lock();
+        let Inner { state, held, call, .. } = &mut *inner;
+        let mut published = None;
+        if let State::Running { ring, .. } = state
+            && !held.is_empty()
+        {
+            published = Some(publish(ring, &std::mem::take(held), call));
+        }
+        let base = self.forget_run(&mut inner, retire);
+        drop(inner);
+        if let Some(call) = published {
+            self.signal(call.as_deref());
+        }
+        base
+    }
+
+    /// RESET_DEVICE: disabled, and at the beginning again. What was configured stays.
+    pub(super) fn reset(&self) {
+        let mut inner = self.lock();
+        self.stop_here(&mut inner);
+        inner.state = State::Stopped { base: 0 };
+        inner.enabled = false;
+    }
+
+    /// The connection is gone: everything that was configured is forgotten.
+    pub(super) fn disconnect(&self, retire: impl FnOnce(&Kick)) {
+        let mut inner = self.lock();
+        self.forget_run(&mut inner, retire);
+        inner.state = State::Stopped { base: 0 };
+        inner.addresses = None;
+        inner.size = inner.max_size;
+        inner.error = None;
+        inner.enabled = false;
+    }
+
+    fn forget_run(&self, inner: &mut Inner, retire: impl FnOnce(&Kick)) -> u16 {
+        self.stop_here(inner);
+        let base = match inner.state {
+            State::Stopped { base } | State::Broken { base } => base,
+            State::Running { ref ring, .. } => ring.next_avail(),
+        };
+        inner.state = State::Stopped { base };
+        if let Some(KickSource::Descriptor(old)) = &inner.kick {
+            retire(old);
+        }
+        inner.kick = None;
+        inner.call = None;
+        base
+    }
+
+    /// Stop without asking anybody. Requests in flight belong to a run that is over.
+    fn stop_here(&self, inner: &mut Inner) {
+        if let State::Running { ring, .. } = &inner.state {
+            inner.state = State::Stopped { base: ring.next_avail() };
+            self.generation.fetch_add(1, Ordering::Relaxed);
+        }
+        inner.held.clear();
+        inner.draining = false;
+        inner.parked = false;
+    }
+
+    fn break_down(&self, inner: &mut Inner) {
+        self.stop_here(inner);
+        if let State::Stopped { base } = inner.state {
+            inner.state = State::Broken { base };
+        }
+        if let Some(error) = &inner.error {
+            error.signal();
+        }
+        self.statistics.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn signal(&self, call: Option<&Call>) {
+        let counter = if let Some(call) = call {
+            call.signal();
+            &self.statistics.calls
+        } else {
+            &self.statistics.calls_suppressed
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn may_touch(&self) -> bool {
+        self.enabled && !self.parked
+    }
+
+    fn may_process(&self) -> bool {
+        self.may_touch() && !self.draining
+    }
+
+    fn is_active(&self) -> bool {
+        self.may_touch() && matches!(self.state, State::Running { .. })
+    }
+
+    fn refuse_if_active(&self) -> Result<(), String> {
+        if self.is_active() { Err("the ring is running; stop it with GET_VRING_BASE first".to_owned()) } else { Ok(()) }
+    }
+}
+
+/// Show `used` to the driver. Returns whom to notify, if it wants that.
+fn publish(ring: &mut SplitRing, used: &[Used], call: &Option<Arc<Call>>) -> Option<Arc<Call>> {
+    for entry in used {
+        ring.push_used(*entry);
+    }
+    if ring.publish() { call.clone() } else { None }
+}
+
+fn take_from(
+    ring: &mut SplitRing,
+    max: usize,
+    chains: &mut Vec<Chain>,
+    spare: &mut Vec<Chain>,
+) -> Result<usize, RingError> {
+    let mut available = ring.available()?;
+    if available == 0 {
+        if !ring.enable_kicks()? {
+            return Ok(0);
+        }
+        available = ring.available()?;
+    }
+    ring.disable_kicks();
+    let count = usize::from(available).min(max);
+    for taken in 0..count {
+        let mut chain = spare.pop().unwrap_or_default();
+        match ring.pop(&mut chain) {
+            Ok(true) => chains.push(chain),
+            // What came before the broken chain is good: it is worked on first, and the error comes up again.
+            Err(_) if taken > 0 => return Ok(taken),
+            Ok(false) => return Ok(taken),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(count)
+}

@@ -1,0 +1,588 @@
+//! A device being served: its queues, its configuration space, its session, and the loop that drives them.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use super::errors::{self, to_python};
+use super::request::Request;
+use crate::backend::{
+    Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
+};
+use crate::error::{Error, RingError};
+use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, Used};
+
+/// Requests that are handled between two looks at the other queues and the front-end.
+const BATCH: usize = 64;
+
+/// How often a ring without a kick descriptor is looked at, while it is busy and while it is not.
+const POLL_BUSY: Duration = Duration::from_micros(50);
+const POLL_IDLE: Duration = Duration::from_millis(1);
+/// Looks in vain after which a ring counts as idle.
+const POLLS_UNTIL_IDLE: u32 = 200;
+
+type Callbacks = HashMap<u32, Py<PyAny>>;
+
+/// One device, served to one front-end after another.
+#[pyclass(frozen, module = "vhost_user._core")]
+#[derive(Debug)]
+pub struct Backend {
+    /// `vhost_user._runtime.Runtime`, or whatever has its methods.
+    runtime: Py<PyAny>,
+    /// For each queue the callable that takes its requests, or None.
+    handlers: Vec<Option<Py<PyAny>>>,
+    profile: Profile,
+    vrings: Arc<[Arc<Vring>]>,
+    config: Arc<ConfigSpace>,
+    channel: Arc<Channel>,
+    events: Arc<EventLoop>,
+    /// Only the thread that dispatches takes it, so that no other thread ever waits for it.
+    inner: Mutex<Inner>,
+    dispatching: AtomicBool,
+    stopping: AtomicBool,
+    watchers: Mutex<Callbacks>,
+    timers: Mutex<HashMap<u64, Py<PyAny>>>,
+    soon: Mutex<Vec<Py<PyAny>>>,
+    next_watcher: AtomicU32,
+    connected: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    session: Option<Session>,
+    events: Vec<Event>,
+    chains: Vec<Chain>,
+    spare: Vec<Chain>,
+    used: Vec<Used>,
+    /// Queues with more to do than one turn allows.
+    pending: Vec<u16>,
+    poll_timer: Option<u64>,
+    polls_in_vain: u32,
+}
+
+#[pymethods]
+impl Backend {
+    #[new]
+    fn new(
+        runtime: Py<PyAny>,
+        queue_sizes: Vec<u16>,
+        handlers: Vec<Option<Py<PyAny>>>,
+        features: u64,
+        config: Vec<u8>,
+        py: Python<'_>,
+    ) -> PyResult<Self> {
+        if queue_sizes.len() != handlers.len() {
+            return Err(PyValueError::new_err("as many handlers as queues are needed"));
+        }
+        if let Some(size) = queue_sizes.iter().find(|size| !size.is_power_of_two() || **size > MAX_QUEUE_SIZE) {
+            return Err(PyValueError::new_err(format!("a queue cannot have {size} entries")));
+        }
+        let events = Arc::new(EventLoop::new().map_err(|error| to_python(py, error))?);
+        let vrings = (0u16..)
+            .zip(&queue_sizes)
+            .map(|(index, size)| Arc::new(Vring::new(index, *size, events.wakeup())))
+            .collect();
+        Ok(Self {
+            runtime,
+            handlers,
+            profile: Profile { device_features: features, has_config: !config.is_empty() },
+            vrings,
+            config: Arc::new(ConfigSpace::new(config)),
+            channel: Arc::default(),
+            events,
+            inner: Mutex::default(),
+            dispatching: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            watchers: Mutex::default(),
+            timers: Mutex::default(),
+            soon: Mutex::default(),
+            next_watcher: AtomicU32::new(0),
+            connected: AtomicBool::new(false),
+        })
+    }
+
+    /// Serve the front-end at the other end of `fd`, which is owned from now on. Only on the loop's thread.
+    fn connect(&self, py: Python<'_>, fd: i32) -> PyResult<()> {
+        if fd < 0 {
+            return Err(PyValueError::new_err("a file descriptor is not negative"));
+        }
+        // SAFETY: the caller gives the descriptor away (`socket.detach()`); nobody else will close it.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let mut inner = self.inner.try_lock().map_err(|_| errors::state_error(py, "connect() during a dispatch"))?;
+        if inner.session.is_some() {
+            return Err(errors::state_error(py, "the device already serves a front-end"));
+        }
+        let session = Session::new(
+            socket,
+            self.profile,
+            Arc::clone(&self.vrings),
+            Arc::clone(&self.config),
+            Arc::clone(&self.channel),
+            Arc::clone(&self.events),
+        )
+        .map_err(|error| to_python(py, error))?;
+        inner.session = Some(session);
+        self.connected.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Handle what has happened, waiting for it up to `timeout` seconds (None: as long as it takes). Returns whether
+    /// the loop goes on.
+    #[pyo3(signature = (timeout = None))]
+    fn dispatch(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        if self.dispatching.swap(true, Ordering::Acquire) {
+            return Err(errors::state_error(py, "the loop of the device is running already"));
+        }
+        let result = self.turn(py, timeout.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()));
+        self.dispatching.store(false, Ordering::Release);
+        result
+    }
+
+    /// Run the loop until :meth:`stop`.
+    fn run(&self, py: Python<'_>) -> PyResult<()> {
+        while self.dispatch(py, None)? {}
+        Ok(())
+    }
+
+    /// Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of.
+    #[getter]
+    fn busy(&self) -> bool {
+        !lock(&self.inner).pending.is_empty()
+    }
+
+    /// The loop's own descriptor: readable while :meth:`dispatch` has something to do.
+    fn fileno(&self) -> i32 {
+        self.events.as_fd().as_raw_fd()
+    }
+
+    /// End the loop, after requests in flight are done. From any thread.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.events.wakeup().wake();
+    }
+
+    /// Whether a front-end is connected.
+    #[getter]
+    fn connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    /// Call `callback(readable, writable)` while `fd` is ready. Returns what :meth:`unwatch` takes.
+    fn watch(&self, py: Python<'_>, fd: i32, callback: Py<PyAny>, readable: bool, writable: bool) -> PyResult<u32> {
+        let id = self.next_watcher.fetch_add(1, Ordering::Relaxed);
+        lock(&self.watchers).insert(id, callback);
+        let result = self.events.watch(borrow(&fd)?, Token::Device(id), Interest { readable, writable });
+        result.map(|()| id).map_err(|error| {
+            let callback = lock(&self.watchers).remove(&id);
+            drop(callback);
+            to_python(py, error)
+        })
+    }
+
+    /// Stop watching `fd`, before it is closed.
+    fn unwatch(&self, id: u32, fd: i32) {
+        if let Ok(fd) = borrow(&fd) {
+            self.events.forget(fd);
+        }
+        let callback = lock(&self.watchers).remove(&id);
+        drop(callback);
+    }
+
+    /// Call `callback()` in `delay` seconds. Returns what :meth:`cancel` takes.
+    fn call_later(&self, delay: f64, callback: Py<PyAny>) -> PyResult<u64> {
+        let delay =
+            Duration::try_from_secs_f64(delay.max(0.0)).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let mut timers = lock(&self.timers);
+        let id = self.events.add_timer(Instant::now() + delay);
+        timers.insert(id, callback);
+        Ok(id)
+    }
+
+    fn cancel(&self, id: u64) {
+        self.events.cancel_timer(id);
+        let callback = lock(&self.timers).remove(&id);
+        drop(callback);
+    }
+
+    /// Call `callback()` on the loop's thread, soon.
+    fn call_soon(&self, callback: Py<PyAny>) {
+        lock(&self.soon).push(callback);
+        self.events.wakeup().wake();
+    }
+
+    /// Bytes of the configuration space.
+    fn config_read<'py>(&self, py: Python<'py>, offset: usize, length: usize) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.config.read(offset, length))
+    }
+
+    /// Replace bytes of the configuration space, and tell the driver if `notify` and something changed.
+    fn config_write(&self, offset: usize, data: &[u8], notify: bool) -> PyResult<()> {
+        if self.config.write(offset, data).map_err(PyIndexError::new_err)? && notify {
+            self.channel.config_changed();
+        }
+        Ok(())
+    }
+
+    /// The next request of a queue that has no handler, or None. From any thread.
+    fn take(&self, py: Python<'_>, queue: usize) -> PyResult<Option<Request>> {
+        let vring = self.vring(queue)?;
+        let mut chains = Vec::with_capacity(1);
+        match vring.take(1, &mut chains, &mut Vec::new()) {
+            Taken::Chains(run) => Ok(chains.pop().map(|chain| Request::new(Arc::clone(vring), run, chain, true))),
+            Taken::Nothing | Taken::NotRunning => Ok(None),
+            Taken::Broken(reason) => {
+                let error = Error::Ring { queue: vring.index(), reason: reason.clone() };
+                self.runtime.call_method1(py, intern!(py, "queue_broke"), (vring.index(), reason.to_string()))?;
+                Err(to_python(py, error))
+            }
+        }
+    }
+
+    /// Fill the next request of a queue with `data` and complete it. False if there is none now.
+    fn push(&self, py: Python<'_>, queue: usize, data: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let Some(request) = self.take(py, queue)? else { return Ok(false) };
+        match request.write(py, data) {
+            Ok(_) => request.complete(py).map(|()| true),
+            Err(error) => {
+                request.put_back(py);
+                Err(error)
+            }
+        }
+    }
+
+    /// Requests that a driver has made available on a queue and nobody has taken.
+    fn available(&self, queue: usize) -> PyResult<usize> {
+        self.vring(queue).map(|vring| vring.available())
+    }
+
+    /// Requests that the device has taken from a queue and not completed.
+    fn in_flight(&self, queue: usize) -> PyResult<usize> {
+        self.vring(queue).map(|vring| vring.in_flight())
+    }
+
+    /// "stopped", "disabled", "running" or "broken".
+    fn status(&self, queue: usize) -> PyResult<&'static str> {
+        self.vring(queue).map(|vring| match vring.status() {
+            VringStatus::Stopped => "stopped",
+            VringStatus::Disabled => "disabled",
+            VringStatus::Running => "running",
+            VringStatus::Broken => "broken",
+        })
+    }
+
+    /// Counters of a queue, by name.
+    fn statistics<'py>(&self, py: Python<'py>, queue: usize) -> PyResult<Bound<'py, PyDict>> {
+        let statistics = &self.vring(queue)?.statistics;
+        let counters = PyDict::new(py);
+        for (name, counter) in [
+            ("requests", &statistics.requests),
+            ("bytes_read", &statistics.bytes_read),
+            ("bytes_written", &statistics.bytes_written),
+            ("kicks", &statistics.kicks),
+            ("calls", &statistics.calls),
+            ("calls_suppressed", &statistics.calls_suppressed),
+            ("errors", &statistics.errors),
+        ] {
+            counters.set_item(name, counter.load(Ordering::Relaxed))?;
+        }
+        Ok(counters)
+    }
+}
+
+impl Backend {
+    fn vring(&self, queue: usize) -> PyResult<&Arc<Vring>> {
+        self.vrings.get(queue).ok_or_else(|| {
+            PyIndexError::new_err(format!("queue {queue} does not exist; there are {}", self.vrings.len()))
+        })
+    }
+
+    /// One turn of the loop.
+    fn turn(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<bool> {
+        let mut events = {
+            let mut inner = lock(&self.inner);
+            // More is known to be waiting: look at the descriptors, but do not sleep.
+            let timeout = if inner.pending.is_empty() { timeout } else { Some(Duration::ZERO) };
+            let mut events = std::mem::take(&mut inner.events);
+            drop(inner);
+            let waited = py.detach(|| self.events.wait(timeout, &mut events));
+            waited.map_err(|error| to_python(py, error))?;
+            events
+        };
+        let mut turn = Turn { backend: self, py, fatal: py.check_signals().err() };
+        turn.call_soon();
+        for event in events.drain(..) {
+            turn.on_event(event);
+        }
+        lock(&self.inner).events = events;
+        turn.look_at_pending();
+        turn.with_session(|session, hooks| session.resume(hooks));
+        turn.with_session(|session, hooks| match session.check_memory() {
+            Ok(()) => Ok(Flow::Continue),
+            Err(error) => session.fail(error, hooks),
+        });
+        turn.schedule_polling();
+        if let Some(error) = turn.fatal {
+            return Err(error);
+        }
+        if self.stopping.load(Ordering::Acquire) {
+            return self.wind_up(py);
+        }
+        Ok(true)
+    }
+
+    /// The loop was asked to stop: end the session, and then the loop.
+    fn wind_up(&self, py: Python<'_>) -> PyResult<bool> {
+        let mut turn = Turn { backend: self, py, fatal: None };
+        turn.with_session(|session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.stop(hooks) });
+        if let Some(error) = turn.fatal {
+            return Err(error);
+        }
+        let goes_on = self.connected();
+        if !goes_on {
+            self.stopping.store(false, Ordering::Release);
+        }
+        Ok(goes_on)
+    }
+}
+
+/// What one turn of the loop works with.
+struct Turn<'a, 'py> {
+    backend: &'a Backend,
+    py: Python<'py>,
+    /// KeyboardInterrupt or SystemExit: raised when the turn is over, after what was begun is done.
+    fatal: Option<PyErr>,
+}
+
+impl<'py> Turn<'_, 'py> {
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Ready { token: Token::Session, .. } => {
+                self.with_session(|session, hooks| session.on_readable(hooks));
+            }
+            Event::Ready { token: Token::Queue(queue), .. } => {
+                self.with_session(|session, hooks| {
+                    session.on_kick(queue, hooks);
+                    Ok(Flow::Continue)
+                });
+                self.process(queue);
+            }
+            Event::Ready { token: Token::Device(id), readable, writable } => {
+                let callback = lock(&self.backend.watchers).get(&id).map(|callback| callback.clone_ref(self.py));
+                if let Some(callback) = callback {
+                    let result = callback.call1(self.py, (readable, writable));
+                    self.survive(result.map(drop), "a watcher");
+                }
+            }
+            Event::Timer(id) if lock(&self.backend.inner).poll_timer.take_if(|poll| *poll == id).is_some() => {
+                for queue in self.polled_queues() {
+                    self.process(queue);
+                }
+            }
+            Event::Timer(id) => {
+                let callback = lock(&self.backend.timers).remove(&id);
+                if let Some(callback) = callback {
+                    let result = callback.call0(self.py);
+                    self.survive(result.map(drop), "a timer");
+                }
+            }
+        }
+    }
+
+    fn call_soon(&mut self) {
+        let callbacks = std::mem::take(&mut *lock(&self.backend.soon));
+        for callback in callbacks {
+            let result = callback.call0(self.py);
+            self.survive(result.map(drop), "a callback");
+        }
+    }
+
+    /// Do something with the session, if there is one, then look at the queues that it made ready.
+    fn with_session(&mut self, action: impl FnOnce(&mut Session, &mut dyn Hooks) -> Result<Flow, Error>) {
+        let Some(mut session) = lock(&self.backend.inner).session.take() else { return };
+        let outcome = action(&mut session, self);
+        let mut ready = Vec::new();
+        while let Some(queue) = session.next_ready() {
+            ready.push(queue);
+        }
+        let reason = match outcome {
+            Ok(Flow::Continue) => {
+                lock(&self.backend.inner).session = Some(session);
+                for queue in ready {
+                    self.process(queue);
+                }
+                return;
+            }
+            Ok(Flow::Ended) => None,
+            Err(error) => Some(to_python(self.py, error)),
+        };
+        drop(session);
+        self.backend.connected.store(false, Ordering::Release);
+        self.tell("session_ended", (reason,));
+    }
+
+    /// Handle what is available on a queue, up to a batch.
+    fn process(&mut self, queue: u16) {
+        let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return };
+        let Some(Some(handler)) = self.backend.handlers.get(usize::from(queue)) else {
+            // The device takes from this queue by itself, and may have been waiting for buffers.
+            if vring.available() > 0 {
+                self.tell("buffers_available", (queue,));
+            }
+            return;
+        };
+        let (mut chains, mut spare, mut used) = {
+            let mut inner = lock(&self.backend.inner);
+            (std::mem::take(&mut inner.chains), std::mem::take(&mut inner.spare), std::mem::take(&mut inner.used))
+        };
+        match vring.take(BATCH, &mut chains, &mut spare) {
+            Taken::Chains(run) => {
+                for chain in chains.drain(..) {
+                    let request = Request::new(Arc::clone(vring), Arc::clone(&run), chain, false);
+                    if let Some(entry) = self.handle(queue, handler, request, &mut spare) {
+                        used.push(entry);
+                    }
+                }
+                vring.complete(&run, &used);
+                used.clear();
+                let mut inner = lock(&self.backend.inner);
+                inner.polls_in_vain = 0;
+                // Only a look that finds nothing asks the driver to kick.
+                if !inner.pending.contains(&queue) {
+                    inner.pending.push(queue);
+                }
+            }
+            Taken::Nothing | Taken::NotRunning => {}
+            Taken::Broken(error) => {
+                self.with_session(|session, hooks| {
+                    session.queue_broke(queue, &error, hooks);
+                    Ok(Flow::Continue)
+                });
+            }
+        }
+        let mut inner = lock(&self.backend.inner);
+        (inner.chains, inner.spare, inner.used) = (chains, spare, used);
+    }
+
+    fn handle(&mut self, queue: u16, handler: &Py<PyAny>, request: Request, spare: &mut Vec<Chain>) -> Option<Used> {
+        let request = match Py::new(self.py, request) {
+            Ok(request) => request,
+            Err(error) => {
+                self.survive(Err(error), "making a request");
+                return None;
+            }
+        };
+        if let Err(error) = handler.call1(self.py, (&request,)) {
+            self.backend.vrings[usize::from(queue)].count_error();
+            let fatal = is_fatal(self.py, &error);
+            self.tell("request_failed", (queue, &request, error.value(self.py)));
+            if fatal {
+                self.fatal.get_or_insert(error);
+            }
+        }
+        let used = request.get().finish(self.py);
+        if used.is_some() {
+            spare.push(request.get().recycle());
+        }
+        used
+    }
+
+    fn look_at_pending(&mut self) {
+        let pending = std::mem::take(&mut lock(&self.backend.inner).pending);
+        for queue in pending {
+            self.process(queue);
+        }
+    }
+
+    /// Look again at rings that cannot kick: soon while they are busy, less often when they are not.
+    fn schedule_polling(&mut self) {
+        if lock(&self.backend.inner).poll_timer.is_some() || self.polled_queues().is_empty() {
+            return;
+        }
+        let mut inner = lock(&self.backend.inner);
+        inner.polls_in_vain = inner.polls_in_vain.saturating_add(1);
+        let after = if inner.polls_in_vain < POLLS_UNTIL_IDLE { POLL_BUSY } else { POLL_IDLE };
+        inner.poll_timer = Some(self.backend.events.add_timer(Instant::now() + after));
+    }
+
+    fn polled_queues(&self) -> Vec<u16> {
+        lock(&self.backend.inner).session.as_ref().map(Session::polled_queues).unwrap_or_default()
+    }
+
+    /// Call a method of the runtime.
+    fn tell(&mut self, method: &str, arguments: impl pyo3::call::PyCallArgs<'py>) {
+        let result = self.backend.runtime.bind(self.py).call_method1(method, arguments);
+        self.survive(result.map(drop), method);
+    }
+
+    /// An exception outside of any request is reported, and the loop goes on; one that means the end is kept.
+    fn survive(&mut self, result: PyResult<()>, what: &str) {
+        let Err(error) = result else { return };
+        if is_fatal(self.py, &error) {
+            self.fatal.get_or_insert(error);
+        } else {
+            let value = error.value(self.py);
+            let reported = self.backend.runtime.bind(self.py).call_method1("callback_failed", (what, value));
+            if let Err(second) = reported {
+                second.write_unraisable(self.py, None);
+            }
+        }
+    }
+}
+
+impl Hooks for Turn<'_, '_> {
+    fn features_negotiated(&mut self, features: u64) {
+        self.tell("features_negotiated", (features,));
+    }
+
+    fn queue_started(&mut self, queue: u16) {
+        self.tell("queue_started", (queue,));
+    }
+
+    fn queue_stopping(&mut self, queue: u16) {
+        self.tell("queue_stopping", (queue,));
+    }
+
+    fn queue_broke(&mut self, queue: u16, error: &RingError) {
+        self.tell("queue_broke", (queue, error.to_string()));
+    }
+
+    fn config_written(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
+        let bytes = PyBytes::new(self.py, bytes);
+        let result = self.backend.runtime.bind(self.py).call_method1("config_written", (offset, bytes));
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let text = error.value(self.py).to_string();
+                self.survive(Err(error), "config_written");
+                Err(text)
+            }
+        }
+    }
+
+    fn device_reset(&mut self) {
+        self.tell("device_reset", ());
+    }
+}
+
+fn is_fatal(py: Python<'_>, error: &PyErr) -> bool {
+    !error.is_instance_of::<pyo3::exceptions::PyException>(py)
+}
+
+fn borrow(fd: &i32) -> PyResult<std::os::fd::BorrowedFd<'_>> {
+    if *fd < 0 {
+        return Err(PyValueError::new_err("a file descriptor is not negative"));
+    }
+    // SAFETY: the caller holds the file open during the call; a closed number makes epoll_ctl fail.
+    Ok(unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
