@@ -13,6 +13,8 @@ pub struct Chain {
     readable_segments: usize,
     readable: u64,
     writable: u64,
+    /// Whether a writable descriptor was seen, be it an empty one.
+    writing: bool,
 }
 
 /// What goes back to the driver: the chain that is done, and how many bytes were written to it.
@@ -85,10 +87,13 @@ impl Chain {
         self.readable_segments = 0;
         self.readable = 0;
         self.writable = 0;
+        self.writing = false;
     }
 
-    pub(super) fn has_writable(&self) -> bool {
-        self.writable > 0 || self.segments.len() > self.readable_segments
+    /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
+    pub(super) fn may_go_on(&mut self, writable: bool) -> bool {
+        self.writing |= writable;
+        writable == self.writing
     }
 
     #[inline]

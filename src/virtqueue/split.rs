@@ -393,7 +393,7 @@ impl SplitRing {
     #[inline]
     fn add(&mut self, index: u16, descriptor: Descriptor, chain: &mut Chain) -> Result<(), RingError> {
         let writable = descriptor.flags & WRITE != 0;
-        if !writable && chain.has_writable() {
+        if !chain.may_go_on(writable) {
             return Err(RingError::ReadableAfterWritable { descriptor: index });
         }
         self.snapshot
