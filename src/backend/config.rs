@@ -37,19 +37,18 @@ impl ConfigSpace {
         answer
     }
 
-    /// Replace bytes. Returns whether anything changed; what is outside the space is an error that changes nothing.
-    pub fn write(&self, offset: usize, data: &[u8]) -> Result<bool, String> {
+    /// Replace bytes. What is outside the space is an error that changes nothing.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), String> {
         let mut bytes = self.lock();
         let length = bytes.len();
         let Some(target) = offset.checked_add(data.len()).and_then(|end| bytes.get_mut(offset..end)) else {
             return Err(format!(
                 "bytes {offset}..{} are outside the {length} of the configuration space",
-                offset + data.len()
+                offset.saturating_add(data.len())
             ));
         };
-        let changed = target != data;
         target.copy_from_slice(data);
-        Ok(changed)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {

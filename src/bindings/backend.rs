@@ -222,12 +222,14 @@ impl Backend {
         PyBytes::new(py, &self.config.read(offset, length))
     }
 
-    /// Replace bytes of the configuration space, and tell the driver if `notify` and something changed.
-    fn config_write(&self, offset: usize, data: &[u8], notify: bool) -> PyResult<()> {
-        if self.config.write(offset, data).map_err(PyIndexError::new_err)? && notify {
-            self.channel.config_changed();
-        }
-        Ok(())
+    /// Replace bytes of the configuration space.
+    fn config_write(&self, offset: usize, data: &[u8]) -> PyResult<()> {
+        self.config.write(offset, data).map_err(PyIndexError::new_err)
+    }
+
+    /// Tell the driver that the configuration space changed.
+    fn config_changed(&self) {
+        self.channel.config_changed();
     }
 
     /// The next request of a queue that has no handler, or None. From any thread.

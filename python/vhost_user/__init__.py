@@ -1,0 +1,55 @@
+"""A Python class becomes a virtio device that a real Linux driver talks to.
+
+Derive from :class:`Device`, declare queues and configuration fields, write a handler, and serve it on a socket that
+QEMU, User-Mode Linux, cloud-hypervisor, crosvm, Firecracker or DPDK connects to with the vhost-user protocol.
+"""
+
+from . import config
+from ._core import Request
+from .device import Device
+from .errors import (
+    AddressInUse,
+    DeclarationError,
+    PeerClosed,
+    PeerTimeout,
+    ProtocolError,
+    QueueFull,
+    RequestCompleted,
+    RequestError,
+    RequestOverflow,
+    RequestRevoked,
+    RequestUnderflow,
+    StateError,
+    VhostUserError,
+)
+from .ids import DeviceId
+from .loop import Loop, Timer, Watch
+from .queues import DeviceQueue, Queue, QueueStatistics
+from .server import Server
+
+__all__ = [
+    "AddressInUse",
+    "DeclarationError",
+    "Device",
+    "DeviceId",
+    "DeviceQueue",
+    "Loop",
+    "PeerClosed",
+    "PeerTimeout",
+    "ProtocolError",
+    "Queue",
+    "QueueFull",
+    "QueueStatistics",
+    "Request",
+    "RequestCompleted",
+    "RequestError",
+    "RequestOverflow",
+    "RequestRevoked",
+    "RequestUnderflow",
+    "Server",
+    "StateError",
+    "Timer",
+    "VhostUserError",
+    "Watch",
+    "config",
+]

@@ -1,0 +1,172 @@
+"""The extension module: the protocol, guest memory, rings and the event loop, in Rust."""
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, Protocol, final
+
+from typing_extensions import Buffer
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+@final
+class Request:
+    """One request of a driver: what it sent, and room for the answer. Virtio 1.3, section 2.6.
+
+    It reads and writes like a file: what was read or written moves a position of its own for each. A request is
+    completed when its handler returns, or by :meth:`complete` if it was detached. A request that is dropped without
+    that is answered as it is, with a warning.
+
+    Every method that works on a request raises :exc:`RequestCompleted` once it was completed, and
+    :exc:`RequestRevoked` once the driver that made it is gone.
+    """
+
+    @property
+    def queue(self) -> int:
+        """Index of the queue that the request came on."""
+    @property
+    def readable(self) -> int:
+        """Bytes that are left to read."""
+    @property
+    def writable(self) -> int:
+        """Bytes of room that are left to write."""
+    @property
+    def written(self) -> int:
+        """Bytes written so far: the length that the driver will be told."""
+    @property
+    def completed(self) -> bool:
+        """Whether the request was completed, or its driver is gone."""
+    def read(self, size: int = -1, /) -> bytes:
+        """Read up to `size` bytes of what the driver sent, or all that is left."""
+    def readinto(self, buffer: Buffer) -> int:
+        """Read into `buffer` as much as fits. Returns how many bytes that were."""
+    def write(self, data: Buffer) -> int:
+        """Copy `data` into the driver's writable buffers, after what was written before.
+
+        Returns the number of bytes copied, always the length of `data`.
+
+        Raises:
+            RequestOverflow: `data` is longer than `writable` bytes; nothing was copied.
+        """
+    def write_tail(self, data: bytes) -> None:
+        """Write `data` into the last bytes of the writable buffers, where many device types have their status.
+
+        Everything up to there counts as written.
+
+        Raises:
+            RequestOverflow: the bytes before were written already; nothing was copied.
+        """
+    def unpack(self, format: str | Struct) -> tuple[Any, ...]:
+        """Read and unpack as :mod:`struct` does. Virtio is little-endian: begin formats with ``<``.
+
+        Raises:
+            RequestUnderflow: the driver sent fewer bytes; nothing was read.
+        """
+    def skip(self, count: int) -> None:
+        """Pass over `count` bytes of what the driver sent.
+
+        Raises:
+            RequestUnderflow: the driver sent fewer bytes; nothing was skipped.
+        """
+    def readable_buffers(self) -> list[memoryview]:
+        """What is left to read, where it is: read-only views of guest memory, for os.pwritev, hashlib or numpy.
+
+        The driver may change what they show, and owns it again once the request completes; views that are still alive
+        then are safe, but reported by a ResourceWarning.
+        """
+    def writable_buffers(self) -> list[memoryview]:
+        """The room that is left, where it is: writable views of guest memory. Tell :meth:`commit` what was filled in."""
+    def commit(self, count: int) -> None:
+        """Count `count` more bytes as written, which were written through :meth:`writable_buffers`.
+
+        Raises:
+            RequestOverflow: there is less room than that.
+        """
+    def copy_from_file(self, file: int | _HasFileno, offset: int, count: int | None = None) -> int:
+        """Write `count` bytes (all the room that is left) from `offset` of a file, without the GIL and without a copy.
+
+        Returns how many bytes that were: fewer only at the end of the file.
+
+        Raises:
+            RequestOverflow: there is less room than `count`; nothing was read.
+            OSError: the file could not be read.
+        """
+    def copy_to_file(self, file: int | _HasFileno, offset: int, count: int | None = None) -> int:
+        """Read `count` bytes (all that are left) into a file at `offset`, without the GIL and without a copy.
+
+        Raises:
+            RequestUnderflow: the driver sent fewer bytes; nothing was written.
+            OSError: the file could not be written.
+        """
+    def detach(self) -> Request:
+        """Keep the request after its handler returns; complete it later, from any thread. Returns the request."""
+    def complete(self) -> None:
+        """Give the request back to the driver, with what was written, and notify the driver if it wants that."""
+
+@final
+class GuestBuffer:
+    """A contiguous piece of guest memory, which it keeps mapped. What `Request.readable_buffers` makes views of."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
+class Backend:
+    """A device being served: its queues, its configuration space, its session, and the loop that drives them."""
+
+    def __new__(
+        cls,
+        runtime: object,
+        queue_sizes: list[int],
+        handlers: list[Callable[[Request], object] | None],
+        features: int,
+        config: bytes,
+    ) -> Backend: ...
+    def connect(self, fd: int) -> None:
+        """Serve the front-end at the other end of `fd`, which is owned from now on. Only on the loop's thread."""
+    def dispatch(self, timeout: float | None = None) -> bool:
+        """Handle what has happened, waiting for it up to `timeout` seconds (None: as long as it takes).
+
+        Returns whether the loop goes on.
+        """
+    def run(self) -> None:
+        """Run the loop until :meth:`stop`."""
+    @property
+    def busy(self) -> bool:
+        """Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of."""
+    def fileno(self) -> int:
+        """The loop's own descriptor: readable while :meth:`dispatch` has something to do."""
+    def stop(self) -> None:
+        """End the loop, after requests in flight are done. From any thread."""
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is connected."""
+    def watch(self, fd: int, callback: Callable[[bool, bool], object], readable: bool, writable: bool) -> int:
+        """Call `callback(readable, writable)` while `fd` is ready. Returns what :meth:`unwatch` takes."""
+    def unwatch(self, id: int, fd: int) -> None:
+        """Stop watching `fd`, before it is closed."""
+    def call_later(self, delay: float, callback: Callable[[], object]) -> int:
+        """Call `callback()` in `delay` seconds. Returns what :meth:`cancel` takes."""
+    def cancel(self, id: int) -> None:
+        """Forget a call."""
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call `callback()` on the loop's thread, soon."""
+    def config_read(self, offset: int, length: int) -> bytes:
+        """Bytes of the configuration space."""
+    def config_write(self, offset: int, data: bytes) -> None:
+        """Replace bytes of the configuration space."""
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space changed."""
+    def take(self, queue: int) -> Request | None:
+        """The next request of a queue that has no handler, or None. From any thread."""
+    def push(self, queue: int, data: Buffer) -> bool:
+        """Fill the next request of a queue with `data` and complete it. False if there is none now."""
+    def available(self, queue: int) -> int:
+        """Requests that a driver has made available on a queue and nobody has taken."""
+    def in_flight(self, queue: int) -> int:
+        """Requests that the device has taken from a queue and not completed."""
+    def status(self, queue: int) -> str:
+        """"stopped", "disabled", "running" or "broken"."""
+    def statistics(self, queue: int) -> dict[str, int]:
+        """Counters of a queue, by name."""

@@ -1,0 +1,378 @@
+"""What is behind a device: its queues and configuration while it is served, and the calls from the core.
+
+The core calls the methods without an underscore below "From the core", on the thread that serves the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import queues
+from ._core import Backend, Request
+from .errors import DeclarationError, StateError, VhostUserError
+from .loop import Loop, Timer, Watch
+
+if TYPE_CHECKING:
+    from .device import Device
+    from .queues import DeviceQueue, Queue
+    from .server import Address, Endpoint
+
+logger = logging.getLogger("vhost_user.device")
+
+#: Seconds for which a second front-end is kept waiting for the first one to go away.
+PATIENCE = 1.0
+
+
+class ConfigStorage:
+    """The bytes of the configuration space, in step with the core's while the device is served."""
+
+    def __init__(self, device: Device) -> None:
+        self.space = device._layout.initial()
+        self._backend: Backend | None = None
+        self._lock = threading.Lock()
+        self._quiet = 0
+
+    def attach(self, backend: Backend | None) -> None:
+        self._backend = backend
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self._lock:
+            return bytes(self.space[offset : offset + size])
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self._lock:
+            self.space[offset : offset + len(data)] = data
+            if self._backend:
+                self._backend.config_write(offset, data)
+        if not self._quiet:
+            self._notify()
+
+    @contextlib.contextmanager
+    def update(self, *, notify: bool = True) -> Iterator[None]:
+        self._quiet += 1
+        before = bytes(self.space)
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+            if notify and bytes(self.space) != before:
+                self._notify()
+
+    def _notify(self) -> None:
+        if self._backend:
+            self._backend.config_changed()
+
+
+class Runtime:
+    """Everything of a device that is not its author's business."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.config = ConfigStorage(device)
+        self.negotiated = 0
+        self.address: Address | None = None
+        self._queues: dict[Queue, list[DeviceQueue]] | None = None
+        self._backend: Backend | None = None
+        self._serving = threading.Lock()
+        self._stopped = threading.Event()
+        self._listener: socket.socket | None = None
+        self._waiting: socket.socket | None = None
+        self._once = False
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    # --- For the device ---------------------------------------------------------------------------------------------
+
+    def queues_of(self, declaration: Queue) -> list[DeviceQueue]:
+        if self._queues is None:
+            self._queues = dict(queues.build(self.device, self.device._queues))
+        return self._queues[declaration]
+
+    @property
+    def queues(self) -> list[DeviceQueue]:
+        return [queue for declaration in self.device._queues for queue in self.queues_of(declaration)]
+
+    @property
+    def loop(self) -> Loop:
+        if self._backend is None:
+            raise StateError(f"{self._name} is not served: use its loop from on_start() on")
+        return Loop(self._backend)
+
+    @property
+    def connected(self) -> bool:
+        return self._backend is not None and self._backend.connected
+
+    @property
+    def has_coroutines(self) -> bool:
+        cls = type(self.device)
+        return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in self.device._handlers.values())
+
+    @property
+    def _name(self) -> str:
+        return type(self.device).__name__
+
+    # --- Serving ----------------------------------------------------------------------------------------------------
+
+    def serve(self, endpoint: Endpoint, once: bool, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve on this thread."""
+        with self._served(endpoint, once) as backend:
+            ready()
+            try:
+                backend.run()
+            except BaseException:
+                # Ctrl-C, or an exception that means the end: what was begun is finished before it goes on.
+                backend.stop()
+                backend.run()
+                raise
+
+    async def serve_async(self, endpoint: Endpoint, once: bool, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve within the running asyncio loop."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        with self._served(endpoint, once) as backend:
+            self._asyncio = loop
+
+            def dispatch() -> None:
+                try:
+                    goes_on = backend.dispatch(0)
+                except BaseException as error:
+                    if not ended.done():
+                        ended.set_exception(error)
+                    return
+                if not goes_on and not ended.done():
+                    ended.set_result(None)
+                elif backend.busy:
+                    loop.call_soon(dispatch)
+
+            loop.add_reader(backend.fileno(), dispatch)
+            try:
+                ready()
+                try:
+                    await asyncio.shield(ended)
+                except BaseException:
+                    if not ended.done() or ended.exception():
+                        ended = loop.create_future()
+                        backend.stop()
+                        await ended
+                    raise
+            finally:
+                loop.remove_reader(backend.fileno())
+                self._asyncio = None
+
+    def stop(self) -> None:
+        backend = self._backend
+        if backend is not None:
+            backend.stop()
+
+    @contextlib.contextmanager
+    def _served(self, endpoint: Endpoint, once: bool) -> Iterator[Backend]:
+        if not self._serving.acquire(blocking=False):
+            raise StateError(f"{self._name} is being served already; make another instance, or stop it first")
+        try:
+            backend = self._make_backend()
+            with endpoint.open() as (listener, connection, address):
+                self._once = once or listener is None
+                self._attach(backend)
+                self.address = address
+                watch: Watch | None = None
+                try:
+                    self.device.on_start()
+                    if connection is not None:
+                        self._connect(connection)
+                    if listener is not None:
+                        self._listener = listener
+                        watch = Watch(backend, listener.fileno(), self._accept, read=True, write=False)
+                    yield backend
+                finally:
+                    if watch:
+                        watch.close()
+                    self._refuse_waiting("the device was stopped")
+                    self._listener = None
+                    self.address = None
+                    self._attach(None)
+                    self.device.on_stop()
+        finally:
+            self._serving.release()
+
+    def _make_backend(self) -> Backend:
+        device = self.device
+        if not hasattr(type(device), "device_id"):
+            raise DeclarationError(f"class {self._name}(vu.Device, device_id=…): the device id is missing")
+        features = int(device.features)
+        if features < 0 or features >> 64:
+            raise DeclarationError(f"{self._name}.features is {features:#x}; feature words have 64 bits")
+        reserved = features & RESERVED_FEATURES
+        if reserved:
+            raise DeclarationError(
+                f"{self._name}.features has {reserved:#x}: bits 24 to 41 belong to the transport, which sets them itself"
+            )
+        devices_queues = self.queues
+        if not devices_queues:
+            raise DeclarationError(f"{self._name} declares no queue: write `requestq = vu.Queue()` in the class")
+        if len(devices_queues) > 256:
+            raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
+        handlers = [
+            self._handler(device._handlers.get(declaration))
+            for declaration in device._queues
+            for _ in self.queues_of(declaration)
+        ]
+        sizes = [queues.MAX_SIZE] * len(devices_queues)
+        return Backend(self, sizes, handlers, features, bytes(self.config.space))
+
+    def _handler(self, name: str | None) -> Callable[[Request], object] | None:
+        if name is None:
+            return None
+        method = getattr(self.device, name)
+        if not inspect.iscoroutinefunction(method):
+            return method  # type: ignore[no-any-return]
+
+        def begin(request: Request) -> None:
+            task = self._running_loop().create_task(self._finish(request.detach(), method(request)))
+            # The loop itself keeps only weak references.
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        return begin
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._asyncio is None:
+            raise StateError(f"{self._name} has an async handler but no asyncio loop")
+        return self._asyncio
+
+    async def _finish(self, request: Request, work: Coroutine[Any, Any, object]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self.request_failed(request.queue, request, error)
+        finally:
+            if not request.completed:
+                request.complete()
+
+    def _attach(self, backend: Backend | None) -> None:
+        self._backend = backend
+        self.config.attach(backend)
+        for queue in self.queues:
+            queue._attach(backend)
+
+    # --- Connections ------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        if self._listener is None:
+            return
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        if not self.connected:
+            self._connect(connection)
+        elif self._waiting is None and not self._once:
+            # The first one may be gone without our having read it yet.
+            self._waiting = connection
+            Timer(self._the_backend, PATIENCE, lambda: self._refuse_waiting("another one is connected"))
+        else:
+            self._refuse(connection, "another one is connected")
+
+    def _connect(self, connection: socket.socket) -> None:
+        logger.info("%s: a front-end connected", self._name)
+        self._the_backend.connect(connection.detach())
+        self.device.on_connect()
+
+    def _refuse_waiting(self, why: str) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._refuse(waiting, why)
+
+    def _refuse(self, connection: socket.socket, why: str) -> None:
+        logger.warning("%s: a front-end was turned away: %s; a device serves one at a time", self._name, why)
+        connection.close()
+
+    @property
+    def _the_backend(self) -> Backend:
+        if self._backend is None:
+            raise StateError(f"{self._name} is not served")
+        return self._backend
+
+    # --- From the core ----------------------------------------------------------------------------------------------
+
+    def session_ended(self, error: Exception | None) -> None:
+        self.negotiated = 0
+        if error is None:
+            logger.info("%s: the front-end disconnected", self._name)
+        else:
+            logger.error("%s: the connection was closed: %s", self._name, error)
+        self.device.on_disconnect(error)
+        if self._once:
+            self.stop()
+        elif self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._connect(waiting)
+
+    def features_negotiated(self, features: int) -> None:
+        self.negotiated = features
+        self.device.on_features(features)
+
+    def queue_started(self, index: int) -> None:
+        queue = self.queues[index]
+        self.device.on_queue_start(queue)
+        queue._on_buffers()
+
+    def queue_stopping(self, index: int) -> None:
+        self.device.on_queue_stop(self.queues[index])
+
+    def queue_broke(self, index: int, error: str) -> None:
+        logger.error("%s: queue %d: %s; the queue is stopped", self._name, index, error)
+        self.device.on_queue_error(self.queues[index], error)
+
+    def buffers_available(self, index: int) -> None:
+        self.queues[index]._on_buffers()
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        device, storage = self.device, self.config
+        fields = device._layout.touched(offset, len(data))
+        if offset + len(data) > len(storage.space) or not fields:
+            size = len(storage.space)
+            raise VhostUserError(
+                f"bytes {offset}..{offset + len(data)} are outside the {size} of the configuration space"
+            )
+        with storage.update(notify=False):
+            for field in fields:
+                if not field.writable:
+                    # QEMU writes the whole space back when a driver changes a byte of it.
+                    continue
+                before = storage.read(field.offset, field.size)
+                after = bytearray(before)
+                for at in range(max(offset, field.offset), min(offset + len(data), field.offset + field.size)):
+                    after[at - field.offset] = data[at - offset]
+                storage.write(field.offset, bytes(after))
+                old, new = field.decode(before), field.decode(bytes(after))
+                hook = device._field_hooks.get(field.name)
+                if hook is not None:
+                    getattr(device, hook)(old, new)
+                device.on_config_write(field, old, new)
+
+    def device_reset(self) -> None:
+        self.device.on_reset()
+
+    def request_failed(self, index: int, request: Request, error: BaseException) -> None:
+        logger.error("%s: queue %d: the handler failed on %r", self._name, index, request, exc_info=error)
+        if request.completed:
+            return
+        try:
+            self.device.on_request_error(request, error)
+        except Exception:
+            logger.exception("%s: queue %d: on_request_error failed, too", self._name, index)
+
+    def callback_failed(self, what: str, error: BaseException) -> None:
+        logger.error("%s: %s failed", self._name, what, exc_info=error)
+
+
+#: Bits of the transport and the rings. Virtio 1.3, section 6.
+RESERVED_FEATURES = ((1 << 42) - 1) & ~((1 << 24) - 1)

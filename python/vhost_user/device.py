@@ -1,0 +1,241 @@
+"""The device: a class to derive from."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from . import config
+from ._runtime import Runtime
+from .errors import DeclarationError
+from .queues import Queue
+from .server import Endpoint, Server
+
+if TYPE_CHECKING:
+    from ._core import Request
+    from .loop import Loop
+    from .queues import DeviceQueue
+    from .server import Address, PathLike
+
+logger = logging.getLogger(__name__)
+
+
+class Device:
+    """A virtio device.
+
+    A subclass declares its queues, its configuration space and its handlers:
+
+        class Rng(vu.Device, device_id=vu.DeviceId.RNG):
+            requestq = vu.Queue()
+
+            @requestq.handler
+            def fill(self, request: vu.Request) -> None:
+                request.write(os.urandom(request.writable))
+
+    An ``__init__`` of its own need not call this one's. Everything that starts with ``on_`` may be overridden and does
+    nothing by itself. Handlers and hooks run on the thread that serves the device, one at a time.
+    """
+
+    #: The virtio device type. Virtio 1.3, section 5.
+    device_id: ClassVar[int]
+
+    #: Feature bits of the device type that the device offers; those of the transport are added. An instance may assign
+    #: its own before it is served.
+    features: int = 0
+
+    #: Filled in for every subclass.
+    _queues: ClassVar[list[Queue]] = []
+    _handlers: ClassVar[Mapping[Queue, str]] = {}
+    _layout: ClassVar[config.Layout] = config.Layout("Device", [])
+    _field_hooks: ClassVar[Mapping[str, str]] = {}
+
+    _runtime: Runtime
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        device = super().__new__(cls)
+        device._runtime = Runtime(device)
+        return device
+
+    def __init_subclass__(cls, *, device_id: int | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if device_id is not None:
+            if not 0 < device_id < 1 << 16:
+                raise DeclarationError(f"{cls.__name__}: a device id is a number from 1 to 65535, not {device_id}")
+            cls.device_id = device_id
+        members = [member for base in reversed(cls.__mro__) for member in vars(base).values()]
+        cls._queues = _last_by_name(members, Queue)
+        cls._layout = config.Layout(cls.__name__, _last_by_name(members, config.Field))
+        cls._handlers = _handlers(cls, members)
+        cls._field_hooks = {
+            member.__vhost_user_field__.name: member.__name__
+            for member in members
+            if hasattr(member, "__vhost_user_field__")
+        }
+
+    # --- Serving ----------------------------------------------------------------------------------------------------
+
+    def serve(
+        self,
+        path: PathLike | None = None,
+        *,
+        fd: int | None = None,
+        connect: PathLike | None = None,
+        once: bool = False,
+        mode: int = 0o600,
+    ) -> None:
+        """Serve the device until :meth:`stop`, Ctrl-C, or, with `once`, until the first front-end is gone.
+
+        Listens at the socket `path`, whose permissions will be `mode`; or uses the inherited descriptor `fd`, which may
+        listen or be connected; or connects to a front-end that listens at `connect`; or, with none of them, uses the
+        socket that systemd passed. One front-end is served at a time, and one follows the other.
+
+        Raises:
+            DeclarationError: the device cannot be as it declares itself.
+            AddressInUse: somebody else listens at the path, or it is not a socket.
+            OSError: the path cannot be bound or connected to.
+        """
+        endpoint = Endpoint(path=path, fd=fd, connect=connect, mode=mode)
+        if self._runtime.has_coroutines:
+            asyncio.run(self._runtime.serve_async(endpoint, once))
+        else:
+            self._runtime.serve(endpoint, once)
+
+    async def serve_async(
+        self,
+        path: PathLike | None = None,
+        *,
+        fd: int | None = None,
+        connect: PathLike | None = None,
+        once: bool = False,
+        mode: int = 0o600,
+    ) -> None:
+        """The same within a running asyncio loop, on whose thread the handlers run. Cancelling it ends it."""
+        await self._runtime.serve_async(Endpoint(path=path, fd=fd, connect=connect, mode=mode), once)
+
+    def start(
+        self,
+        path: PathLike | None = None,
+        *,
+        fd: int | None = None,
+        connect: PathLike | None = None,
+        once: bool = False,
+        mode: int = 0o600,
+    ) -> Server:
+        """The same in a thread of its own. The socket is there when this returns.
+
+        The server that it returns is a context manager that stops at the end of its block.
+        """
+        return Server(self, Endpoint(path=path, fd=fd, connect=connect, mode=mode), once)
+
+    def stop(self) -> None:
+        """End serving, after requests in flight are done. From any thread; nothing happens if it is not served."""
+        self._runtime.stop()
+
+    # --- State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def queues(self) -> list[DeviceQueue]:
+        """All queues, by index."""
+        return self._runtime.queues
+
+    @property
+    def loop(self) -> Loop:
+        """The loop of the device, for descriptors and timers of its own, from :meth:`on_start` on."""
+        return self._runtime.loop
+
+    @property
+    def address(self) -> Address | None:
+        """Where the device is served, if it is."""
+        return self._runtime.address
+
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is connected."""
+        return self._runtime.connected
+
+    @property
+    def negotiated(self) -> int:
+        """The feature bits that the driver accepted; 0 before it did."""
+        return self._runtime.negotiated
+
+    def config_update(self) -> AbstractContextManager[None]:
+        """Assign several configuration fields in a ``with`` block, and notify the driver once, at its end."""
+        return self._runtime.config.update()
+
+    # --- Hooks ------------------------------------------------------------------------------------------------------
+
+    def on_start(self) -> None:
+        """The device is going to be served: open files here, watch descriptors, start timers."""
+
+    def on_stop(self) -> None:
+        """The device is not served any more."""
+
+    def on_connect(self) -> None:
+        """A front-end connected."""
+
+    def on_disconnect(self, error: Exception | None) -> None:
+        """The front-end is gone: in good order, or with the error that ended the connection."""
+
+    def on_features(self, features: int) -> None:
+        """The driver accepted `features`, of those that were offered."""
+
+    def on_queue_start(self, queue: DeviceQueue) -> None:
+        """The driver set the queue up: buffers may be there already."""
+
+    def on_queue_stop(self, queue: DeviceQueue) -> None:
+        """The driver is taking the queue away, or lost it: complete the requests of it that you hold."""
+
+    def on_config_write(self, field: config.Field[Any], old: Any, new: Any) -> None:
+        """The driver wrote to a writable configuration field."""
+
+    def on_reset(self) -> None:
+        """The driver reset the device."""
+
+    def on_queue_error(self, queue: DeviceQueue, error: str) -> None:
+        """The driver broke the queue: it is stopped, the others go on. The error was logged."""
+
+    def on_request_error(self, request: Request, error: BaseException) -> None:
+        """A handler raised, which was logged: write the status that the device type has for that.
+
+        The request is completed afterwards. What is written so far stays, so that :meth:`Request.write_tail` is usually
+        what is needed.
+        """
+
+
+def _last_by_name(members: list[Any], kind: type[Any]) -> list[Any]:
+    """Members of a kind, in the order of their first declaration; a subclass replaces what it declares again."""
+    by_name = {member.name: member for member in members if isinstance(member, kind)}
+    return list(by_name.values())
+
+
+def _handlers(cls: type[Device], members: list[Any]) -> dict[Queue, str]:
+    by_name = {queue.name: queue for queue in cls._queues}
+    handlers: dict[Queue, str] = {}
+    for member in members:
+        wanted: Queue | None = getattr(member, "__vhost_user_queue__", None)
+        if wanted is None or isinstance(member, Queue):
+            continue
+        queue = by_name.get(getattr(wanted, "name", ""))
+        if queue is None:
+            raise DeclarationError(
+                f"{cls.__name__}.{member.__name__} handles {wanted}, which is not a queue of the class"
+            )
+        _check_signature(cls, member)
+        other = handlers.get(queue)
+        if other not in (None, member.__name__) and other in vars(cls) and member.__name__ in vars(cls):
+            raise DeclarationError(f"{cls.__name__}.{queue.name} has two handlers, {other} and {member.__name__}")
+        handlers[queue] = member.__name__
+    return handlers
+
+
+def _check_signature(cls: type[Device], handler: Callable[..., object]) -> None:
+    try:
+        inspect.signature(handler).bind(None, None)
+    except TypeError:
+        raise DeclarationError(
+            f"{cls.__name__}.{handler.__name__} must take (self, request) to handle a queue"
+        ) from None

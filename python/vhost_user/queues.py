@@ -1,0 +1,224 @@
+"""Queues: how a class declares them, and what a device does with them while it runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, overload
+
+from .errors import DeclarationError, QueueFull, RequestOverflow
+
+if TYPE_CHECKING:
+    from ._core import Backend, Request
+    from .device import Device
+
+Buffer = bytes | bytearray | memoryview
+Handler = TypeVar("Handler", bound=Callable[..., object])
+
+MAX_SIZE = 32768
+
+logger = logging.getLogger(__name__)
+
+
+class Queue:
+    """A queue of a device class. The order of declaration is the queue's index.
+
+    `size` is the number of entries that a driver is advised to use, a power of two up to 32768; the front-end decides.
+    `backlog` is how many pushes are kept while the driver has no buffer for them.
+    """
+
+    name: str
+
+    def __init__(self, size: int = 256, *, backlog: int = 0) -> None:
+        if size < 1 or size > MAX_SIZE or size & (size - 1):
+            raise DeclarationError(f"a queue has a power of two of entries up to {MAX_SIZE}, not {size}")
+        if backlog < 0:
+            raise DeclarationError(f"a backlog cannot be negative, as {backlog} is")
+        self.size = size
+        self.backlog = backlog
+
+    @staticmethod
+    def many(count: int | str, size: int = 256, *, backlog: int = 0) -> QueueArray:
+        """Several queues in a row, alike. `count` is their number, or the name of the attribute that holds it."""
+        return QueueArray(count, size, backlog=backlog)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, device: None, owner: type) -> Queue: ...
+
+    @overload
+    def __get__(self, device: Device, owner: type) -> DeviceQueue: ...
+
+    def __get__(self, device: Device | None, owner: type) -> Queue | DeviceQueue:
+        if device is None:
+            return self
+        return device._runtime.queues_of(self)[0]
+
+    def __set__(self, device: Device, value: object) -> None:
+        raise AttributeError(f"{self.name} is a queue of the device; it cannot be replaced")
+
+    def handler(self, method: Handler) -> Handler:
+        """Call `method(self, request)` for every request on the queue. It may be an ``async def``."""
+        method.__vhost_user_queue__ = self  # type: ignore[attr-defined]
+        return method
+
+    def count_for(self, device: Device) -> int:
+        """How many queues this declaration makes on `device`."""
+        return 1
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {getattr(self, 'name', '?')}>"
+
+
+class QueueArray(Queue):
+    """Several queues in a row, from :meth:`Queue.many`."""
+
+    def __init__(self, count: int | str, size: int = 256, *, backlog: int = 0) -> None:
+        super().__init__(size, backlog=backlog)
+        if isinstance(count, int) and count < 0:
+            raise DeclarationError(f"{count} queues cannot be")
+        self.count = count
+
+    @overload  # type: ignore[override]
+    def __get__(self, device: None, owner: type) -> QueueArray: ...
+
+    @overload
+    def __get__(self, device: Device, owner: type) -> list[DeviceQueue]: ...
+
+    def __get__(self, device: Device | None, owner: type) -> QueueArray | list[DeviceQueue]:
+        if device is None:
+            return self
+        return device._runtime.queues_of(self)
+
+    def count_for(self, device: Device) -> int:
+        if isinstance(self.count, int):
+            return self.count
+        count = getattr(device, self.count)
+        if not isinstance(count, int) or count < 0:
+            raise DeclarationError(f"{type(device).__name__}.{self.count} is {count!r}; it must be a number of queues")
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """Counters of a queue, since the device was made."""
+
+    requests: int = 0
+    """Requests taken from the driver."""
+    bytes_read: int = 0
+    """Bytes that drivers offered to be read."""
+    bytes_written: int = 0
+    """Bytes that the device wrote."""
+    kicks: int = 0
+    """Notifications that came."""
+    calls: int = 0
+    """Notifications that were sent."""
+    calls_suppressed: int = 0
+    """Notifications that the driver did not want."""
+    errors: int = 0
+    """Handlers that failed, requests that nobody answered, and rings that broke."""
+
+
+class DeviceQueue:
+    """A queue of one device. Every method may be called from any thread."""
+
+    def __init__(self, name: str, index: int, declaration: Queue) -> None:
+        self.name = name
+        self.index = index
+        self.size = declaration.size
+        self._backlog_limit = declaration.backlog
+        self._backlog: deque[bytes] = deque()
+        self._backend: Backend | None = None
+        self._buffers = threading.Condition()
+
+    @property
+    def status(self) -> str:
+        """ "stopped", "disabled", "running" or "broken". vhost-user specification, "Ring states"."""
+        return self._backend.status(self.index) if self._backend else "stopped"
+
+    @property
+    def available(self) -> int:
+        """Requests that the driver has made available and nobody has taken."""
+        return self._backend.available(self.index) if self._backend else 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the device has taken and not completed."""
+        return self._backend.in_flight(self.index) if self._backend else 0
+
+    @property
+    def statistics(self) -> QueueStatistics:
+        """Counters of the queue."""
+        return QueueStatistics(**self._backend.statistics(self.index)) if self._backend else QueueStatistics()
+
+    def take(self) -> Request | None:
+        """The next request, detached, or None if the driver has made none available.
+
+        For queues without a handler.
+
+        Raises:
+            ProtocolError: the driver broke the ring.
+        """
+        return self._backend.take(self.index) if self._backend else None
+
+    def push(self, data: Buffer, *, timeout: float | None = 0) -> None:
+        """Fill the next buffer of the driver with `data`, and complete it. For queues without a handler.
+
+        Waits for a buffer up to `timeout` seconds (None: as long as it takes), which only other threads than the
+        device's own may do. What comes too early for the driver is kept if the queue was declared with a backlog.
+
+        Raises:
+            QueueFull: there is no buffer and no room in the backlog. Nothing was pushed.
+            RequestOverflow: `data` is longer than the driver's buffer. Nothing was pushed.
+            ProtocolError: the driver broke the ring.
+        """
+        with self._buffers:
+            if not self._backlog and self._push_now(data):
+                return
+            if len(self._backlog) < self._backlog_limit:
+                self._backlog.append(bytes(data))
+                return
+            if timeout != 0 and self._buffers.wait_for(lambda: self._push_now(data), timeout):
+                return
+        raise QueueFull(
+            f"queue {self.index} ({self.name}) is {self.status}: the driver has offered no buffer"
+            + (f", and the backlog of {self._backlog_limit} is full" if self._backlog_limit else "")
+        )
+
+    def _push_now(self, data: Buffer) -> bool:
+        return self._backend is not None and self._backend.push(self.index, data)
+
+    def _attach(self, backend: Backend | None) -> None:
+        self._backend = backend
+
+    def _on_buffers(self) -> None:
+        """The driver has made buffers available: they go to whoever came first."""
+        with self._buffers:
+            while self._backlog:
+                try:
+                    if not self._push_now(self._backlog[0]):
+                        break
+                except RequestOverflow as error:
+                    logger.error("%s; it is dropped from the backlog", error)
+                self._backlog.popleft()
+            if not self._backlog:
+                self._buffers.notify_all()
+
+    def __repr__(self) -> str:
+        return f"<queue {self.index} ({self.name}), {self.status}>"
+
+
+def build(device: Device, declarations: list[Queue]) -> Iterator[tuple[Queue, list[DeviceQueue]]]:
+    """The queues of `device`, in the order of their indices."""
+    index = 0
+    for declaration in declarations:
+        count = declaration.count_for(device)
+        is_array = isinstance(declaration, QueueArray)
+        names = [f"{declaration.name}[{at}]" if is_array else declaration.name for at in range(count)]
+        yield declaration, [DeviceQueue(name, index + at, declaration) for at, name in enumerate(names)]
+        index += count

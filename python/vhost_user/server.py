@@ -1,0 +1,240 @@
+"""Where a device is served: sockets that are made, found or inherited, and a device in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from .errors import AddressInUse, StateError
+
+if TYPE_CHECKING:
+    from .device import Device
+
+PathLike = str | os.PathLike[str]
+Address = str
+
+#: What fits in a socket address.
+MAX_PATH = 107
+SYSTEMD_FIRST_FD = 3
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """How front ends reach the device: exactly one of a path to listen at, a descriptor, and a path to connect to."""
+
+    path: PathLike | None = None
+    fd: int | None = None
+    connect: PathLike | None = None
+    mode: int = 0o600
+
+    def __post_init__(self) -> None:
+        ways = [way for way in (self.path, self.fd, self.connect) if way is not None]
+        if len(ways) > 1:
+            raise StateError("choose one of a path, a descriptor, and a path to connect to")
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[tuple[socket.socket | None, socket.socket | None, Address]]:
+        """A listening socket, or a connected one, and its name; closed and cleaned up afterwards."""
+        if self.path is not None:
+            with _listening(Path(self.path), self.mode) as listener:
+                yield listener, None, os.fspath(self.path)
+        elif self.connect is not None:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                _with_path(connection.connect, Path(self.connect))
+                yield None, connection, os.fspath(self.connect)
+        else:
+            fd = systemd_descriptor() if self.fd is None else self.fd
+            with _inherited(fd) as inherited:
+                listens = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if listens:
+                    inherited.setblocking(False)
+                yield (inherited, None, f"fd {fd}") if listens else (None, inherited, f"fd {fd}")
+
+
+def systemd_descriptor() -> int:
+    """The one socket that systemd passed to this process (sd_listen_fds(3)).
+
+    Raises:
+        StateError: none was passed, or several.
+    """
+    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(os.environ.get("LISTEN_FDS", "0")) if mine else 0
+    if count != 1:
+        raise StateError(
+            "say where to serve the device: a socket path, fd=, or connect="
+            if count == 0
+            else f"systemd passed {count} sockets; a device needs one"
+        )
+    return SYSTEMD_FIRST_FD
+
+
+@contextlib.contextmanager
+def _inherited(fd: int) -> Iterator[socket.socket]:
+    try:
+        inherited = socket.socket(fileno=fd)
+    except OSError as error:
+        raise StateError(f"descriptor {fd} is not a socket ({error.strerror})") from None
+    with inherited:
+        if inherited.family != socket.AF_UNIX or inherited.type != socket.SOCK_STREAM:
+            raise StateError(f"descriptor {fd} is not a UNIX stream socket")
+        os.set_inheritable(fd, False)
+        yield inherited
+
+
+@contextlib.contextmanager
+def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with listener:
+        listener.setblocking(False)
+        # The kernel gives the file the permissions of the socket, so that nobody can connect before they are right.
+        os.fchmod(listener.fileno(), mode)
+        with _locked(path.parent):
+            _remove_stale(path)
+            _with_path(listener.bind, path)
+            os.chmod(path, mode)
+            ours = _identity(path)
+            listener.listen()
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError), _locked(path.parent):
+                if _identity(path) == ours:
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time decides who listens in a folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AddressInUse(errno.EADDRINUSE, "the file is not a socket; remove it, or choose another path", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            _with_path(probe.connect, path)
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except (BlockingIOError, PermissionError):
+            pass
+    raise AddressInUse(
+        errno.EADDRINUSE, "another process is listening there; stop it, or choose another path", str(path)
+    )
+
+
+def _with_path(call: object, path: Path) -> None:
+    """Bind or connect, with an error that names the path."""
+    assert callable(call)
+    length = len(os.fsencode(path))
+    if length > MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"a socket path has at most {MAX_PATH} bytes, not {length}", str(path))
+    try:
+        call(os.fspath(path))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_dev, found.st_ino
+
+
+class Server:
+    """A device that is served in a thread of its own: what :meth:`Device.start` returns.
+
+    Leaving its ``with`` block stops it. What ended the thread unexpectedly is raised by :meth:`stop` and :meth:`wait`.
+    """
+
+    def __init__(self, device: Device, endpoint: Endpoint, once: bool) -> None:
+        self.device = device
+        self._endpoint = endpoint
+        self._once = once
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"vhost-user {type(device).__name__}", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if not self._thread.is_alive() or self._failure:
+            self.wait()
+        # A daemon thread must not be caught inside the core when the interpreter goes away.
+        atexit.register(self.stop)
+
+    @property
+    def address(self) -> Address | None:
+        """Where the device is served."""
+        return self.device.address
+
+    @property
+    def running(self) -> bool:
+        """Whether the device is still being served."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop serving, after requests in flight are done. From any thread but the device's own.
+
+        Raises:
+            BaseException: whatever ended the thread before, if anything did.
+        """
+        while self._thread.is_alive():
+            self.device.stop()
+            self._thread.join(0.05)
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the device is not served any more. Returns False if that takes more than `timeout` seconds.
+
+        Raises:
+            BaseException: whatever ended the thread, if it did not end well.
+        """
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return False
+        atexit.unregister(self.stop)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        runtime = self.device._runtime
+        try:
+            if runtime.has_coroutines:
+                asyncio.run(runtime.serve_async(self._endpoint, self._once, self._ready.set))
+            else:
+                runtime.serve(self._endpoint, self._once, self._ready.set)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._ready.set()
