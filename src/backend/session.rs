@@ -488,7 +488,7 @@ impl Session {
         for queue in &queues {
             self.tell_stopping(*queue, hooks);
         }
-        let idle = queues.iter().fold(true, |idle, queue| self.vring(*queue).drain() && idle);
+        let idle = self.drain(&queues);
         if idle {
             return self.after_drain(then, &queues, hooks).map(|()| Done::Answered);
         }
@@ -546,7 +546,7 @@ impl Session {
         for queue in self.all_queues() {
             self.tell_stopping(queue, hooks);
         }
-        let idle = queues.iter().fold(true, |idle, queue| self.vring(*queue).drain() && idle);
+        let idle = self.drain(&queues);
         if idle {
             self.forget_everything();
             return error.map_or(Ok(Flow::Ended), Err);
@@ -620,6 +620,12 @@ impl Session {
 
     fn all_queues(&self) -> Vec<u16> {
         self.vrings.iter().map(|vring| vring.index()).collect()
+    }
+
+    /// Take nothing more from `queues`. Returns whether nothing of theirs is in flight.
+    fn drain(&self, queues: &[u16]) -> bool {
+        let busy = queues.iter().filter(|queue| !self.vring(**queue).drain()).count();
+        busy == 0
     }
 
     fn active_queues(&self) -> Vec<u16> {

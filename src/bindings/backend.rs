@@ -490,7 +490,7 @@ impl<'py> Turn<'_, 'py> {
         }
         let used = request.get().finish(self.py);
         if used.is_some() {
-            spare.push(request.get().recycle());
+            spare.push(request.get().recycle(self.py));
         }
         used
     }

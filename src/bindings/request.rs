@@ -7,17 +7,15 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyOSError, PyResourceWarning, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyList, PyMemoryView, PyTuple};
-use rustix::io::{Errno, IoSlice, IoSliceMut, preadv, pwritev};
+use rustix::io::Errno;
 
 use super::buffer::GuestBuffer;
 use super::errors;
 use crate::backend::{Run, Vring};
-use crate::memory::Segment;
-use crate::virtqueue::{Chain, Used, for_range};
-
-/// The most pieces that one preadv or pwritev takes (IOV_MAX).
-const MAX_PIECES: usize = 1024;
+use crate::memory::{Segment, for_range, transfer};
+use crate::virtqueue::{Chain, Used};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -57,7 +55,7 @@ impl Request {
 
     /// The handler returned. What goes back to the driver, unless the request was completed or detached by then.
     pub(super) fn finish(&self, py: Python<'_>) -> Option<Used> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         if state.phase != Phase::Handled {
             return None;
         }
@@ -71,7 +69,7 @@ impl Request {
 
     /// Give the request back to the driver's queue as if it had not been taken; or answer it, if that is too late.
     pub(super) fn put_back(&self, py: Python<'_>) {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         if self.vring.put_back(&self.run, &state.chain) {
             state.phase = Phase::Completed;
         } else {
@@ -80,17 +78,23 @@ impl Request {
     }
 
     /// The chain of a completed request, for another one.
-    pub(super) fn recycle(&self) -> Chain {
-        std::mem::take(&mut self.lock().chain)
+    pub(super) fn recycle(&self, py: Python<'_>) -> Chain {
+        std::mem::take(&mut self.lock(py).chain)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    /// Wait for the state without the interpreter: whoever has it may be waiting for that.
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, State> {
+        self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same on a thread that has let go of the interpreter.
+    fn lock_detached(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state, if the request can still be worked on.
     fn open(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, State>> {
-        let state = self.lock();
+        let state = self.lock(py);
         if state.phase == Phase::Completed {
             let index = self.vring.index();
             return Err(errors::request_completed(py, format!("queue {index}: the request was already completed")));
@@ -128,7 +132,7 @@ impl Request {
         for segment in segments {
             let buffer = Bound::new(py, GuestBuffer::new(segment, writable, Arc::clone(&self.run)))?;
             views.append(PyMemoryView::from(buffer.as_any())?)?;
-            self.lock().lent.push((buffer.unbind(), file.clone_ref(py), line));
+            self.lock(py).lent.push((buffer.unbind(), file.clone_ref(py), line));
         }
         Ok(views)
     }
@@ -166,28 +170,28 @@ impl Request {
 
     /// Bytes that are left to read.
     #[getter]
-    fn readable(&self) -> u64 {
-        let state = self.lock();
+    fn readable(&self, py: Python<'_>) -> u64 {
+        let state = self.lock(py);
         state.chain.readable().saturating_sub(state.read)
     }
 
     /// Bytes of room that are left to write.
     #[getter]
-    fn writable(&self) -> u64 {
-        let state = self.lock();
+    fn writable(&self, py: Python<'_>) -> u64 {
+        let state = self.lock(py);
         state.chain.writable().saturating_sub(state.written)
     }
 
     /// Bytes written so far: what the driver will be told.
     #[getter]
-    fn written(&self) -> u64 {
-        self.lock().written
+    fn written(&self, py: Python<'_>) -> u64 {
+        self.lock(py).written
     }
 
     /// Whether the request was completed, or its driver is gone.
     #[getter]
-    fn completed(&self) -> bool {
-        self.lock().phase == Phase::Completed || !self.vring.is_current(&self.run)
+    fn completed(&self, py: Python<'_>) -> bool {
+        self.lock(py).phase == Phase::Completed || !self.vring.is_current(&self.run)
     }
 
     #[pyo3(signature = (size = -1, /))]
@@ -267,7 +271,7 @@ impl Request {
             module.call_method1(intern!(py, "Struct"), (format,))?
         };
         let size: u64 = layout.getattr(intern!(py, "size"))?.extract()?;
-        let left = self.readable();
+        let left = self.readable(py);
         if size > left {
             return Err(errors::request_underflow(
                 py,
@@ -318,23 +322,12 @@ impl Request {
         }
         drop(state);
         py.detach(|| {
-            let mut state = self.lock();
-            let start = state.written;
-            let result = transfer(state.chain.writable_segments(), start, count, offset, |pieces, at| {
-                // SAFETY: the pieces are mapped as long as `self.run`; the kernel writes to them, and answers EFAULT if
-                // they are gone. Nobody reads the slices.
-                let mut slices: Vec<_> = pieces
-                    .iter()
-                    .map(|piece| {
-                        IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(piece.pointer.as_ptr(), piece.length) })
-                    })
-                    .collect();
-                preadv(file.borrow(), &mut slices, at)
-            });
-            if let Ok(done) = &result {
-                state.written += done;
-            }
-            result
+            let mut state = self.lock_detached();
+            let segments = state.chain.writable_segments();
+            // SAFETY: `self.run` keeps the snapshot of the chain.
+            let done = unsafe { transfer::from_file(segments, state.written, count, file.borrow(), offset) }?;
+            state.written += done;
+            Ok(done)
         })
         .map_err(|errno| os_error("reading a file into a request", errno))
     }
@@ -353,22 +346,12 @@ impl Request {
         }
         drop(state);
         py.detach(|| {
-            let mut state = self.lock();
-            let start = state.read;
-            let result = transfer(state.chain.readable_segments(), start, count, offset, |pieces, at| {
-                // SAFETY: as in `copy_from_file`; the kernel reads from the pieces.
-                let slices: Vec<_> = pieces
-                    .iter()
-                    .map(|piece| {
-                        IoSlice::new(unsafe { std::slice::from_raw_parts(piece.pointer.as_ptr(), piece.length) })
-                    })
-                    .collect();
-                pwritev(file.borrow(), &slices, at)
-            });
-            if let Ok(done) = &result {
-                state.read += done;
-            }
-            result
+            let mut state = self.lock_detached();
+            let segments = state.chain.readable_segments();
+            // SAFETY: `self.run` keeps the snapshot of the chain.
+            let done = unsafe { transfer::to_file(segments, state.read, count, file.borrow(), offset) }?;
+            state.read += done;
+            Ok(done)
         })
         .map_err(|errno| os_error("writing a request to a file", errno))
     }
@@ -385,8 +368,8 @@ impl Request {
         Ok(())
     }
 
-    fn __repr__(&self) -> String {
-        let state = self.lock();
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let state = self.lock(py);
         let phase = match state.phase {
             Phase::Handled => "",
             Phase::Detached => ", detached",
@@ -453,34 +436,6 @@ fn rest_of(chain: &Chain, writable: bool, from: u64) -> Vec<Segment> {
     let mut rest = Vec::with_capacity(segments.len());
     for_range(segments, from, usize::MAX, |segment| rest.push(segment));
     rest
-}
-
-/// Move `count` bytes between `segments` (from byte `start` on) and a file (from byte `offset` on). Stops early at the
-/// end of the file.
-fn transfer(
-    segments: &[Segment],
-    start: u64,
-    count: u64,
-    offset: u64,
-    mut step: impl FnMut(&[Segment], u64) -> Result<usize, Errno>,
-) -> Result<u64, Errno> {
-    let mut done = 0;
-    let mut pieces = Vec::new();
-    while done < count {
-        pieces.clear();
-        for_range(segments, start + done, (count - done) as usize, |piece| {
-            if pieces.len() < MAX_PIECES {
-                pieces.push(piece);
-            }
-        });
-        match step(&pieces, offset + done) {
-            Ok(0) => break,
-            Ok(moved) => done += moved as u64,
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(done)
 }
 
 fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<*mut u8> {

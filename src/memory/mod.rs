@@ -8,10 +8,11 @@ pub mod access;
 mod fault;
 mod region;
 mod snapshot;
+pub mod transfer;
 
 pub use fault::faults_seen;
 pub use region::Region;
-pub use snapshot::{OutsideMemory, Segment, Snapshot};
+pub use snapshot::{OutsideMemory, Segment, Snapshot, for_range};
 
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,25 @@ pub struct Segment {
 // SAFETY: a Segment is an address; using it is unsafe and says what it needs.
 unsafe impl Send for Segment {}
 
+/// Call `piece` for each contiguous part of `length` bytes from `offset` on, as far as there are bytes.
+pub fn for_range(segments: &[Segment], mut offset: u64, mut length: usize, mut piece: impl FnMut(Segment)) {
+    for segment in segments {
+        if length == 0 {
+            break;
+        }
+        if offset >= segment.length as u64 {
+            offset -= segment.length as u64;
+            continue;
+        }
+        let skip = offset as usize;
+        let take = (segment.length - skip).min(length);
+        // SAFETY: `skip < segment.length`, so the pointer stays inside the segment.
+        piece(Segment { pointer: unsafe { segment.pointer.add(skip) }, length: take });
+        offset = 0;
+        length -= take;
+    }
+}
+
 /// A range that is not wholly inside guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutsideMemory;

@@ -1,6 +1,6 @@
 //! A descriptor chain, translated: the readable pieces of guest memory, then the writable ones.
 
-use crate::memory::{Segment, access};
+use crate::memory::{Segment, access, for_range};
 
 /// One buffer that the driver made available. It is filled by a ring and may be reused for the next one.
 ///
@@ -105,24 +105,5 @@ impl Chain {
             self.readable_segments += 1;
             self.readable += segment.length as u64;
         }
-    }
-}
-
-/// Call `piece` for each contiguous part of `length` bytes from `offset` on, as far as there are bytes.
-pub fn for_range(segments: &[Segment], mut offset: u64, mut length: usize, mut piece: impl FnMut(Segment)) {
-    for segment in segments {
-        if length == 0 {
-            break;
-        }
-        if offset >= segment.length as u64 {
-            offset -= segment.length as u64;
-            continue;
-        }
-        let skip = offset as usize;
-        let take = (segment.length - skip).min(length);
-        // SAFETY: `skip < segment.length`, so the pointer stays inside the segment.
-        piece(Segment { pointer: unsafe { segment.pointer.add(skip) }, length: take });
-        offset = 0;
-        length -= take;
     }
 }

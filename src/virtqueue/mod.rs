@@ -7,7 +7,7 @@ mod chain;
 mod driver;
 mod split;
 
-pub use chain::{Chain, Used, for_range};
+pub use chain::{Chain, Used};
 pub use driver::{Element, Indirect, SplitDriver};
 pub use split::{RingAddresses, RingOptions, SplitRing};
 
