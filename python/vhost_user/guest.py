@@ -25,7 +25,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,8 @@ mount -t tmpfs tmpfs /run
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
+ln -s /proc/self/fd /dev/fd
+for number in 0:stdin 1:stdout 2:stderr; do ln -s fd/${number%:*} /dev/${number#*:}; done
 cd /run
 more() {
     command="$command$1"
@@ -66,14 +68,17 @@ run() {
     set -- $? $(stat -c %s .stdout .stderr)
     command=
     echo "$*" >&3
-    [ $2 = 0 ] || head -c $2 .stdout >&3
-    [ $3 = 0 ] || head -c $3 .stderr >&3
+}
+part() {
+    dd if="$1" bs=65536 skip="$2" count=1 2>/dev/null | head -c "$3" | cat >&3
 }
 """
 
-# A serial line of User-Mode Linux stays silent for ever once its 4096 bytes of input were full: a command goes in pieces
-# of so many characters, each of which takes up to five bytes in quotes, and waits for an answer after each.
-_PIECE = 600
+# A serial line of User-Mode Linux stays silent for ever once a buffer of its was full: the 4096 bytes of its input, or the
+# socket that its output goes to. So both directions go in parts, the next one on request. A character of a command takes
+# up to five bytes in quotes.
+_COMMAND_PART = 600
+_OUTPUT_PART = 65536  # also in the prelude
 
 
 class GuestError(Exception):
@@ -182,13 +187,13 @@ class Guest(ABC):
             # The guest keeps the deadline, so that it outlives the command. Only a command that cannot be killed, since
             # a driver waits for its device, makes us lose patience with the guest.
             machine.expect(f"running {command!r}", within=timeout + 10)
-            for start in range(0, len(command), _PIECE):
-                machine.send(f"more {shlex.quote(command[start : start + _PIECE])}\n".encode())
+            for start in range(0, len(command), _COMMAND_PART):
+                machine.send(f"more {shlex.quote(command[start : start + _COMMAND_PART])}\n".encode())
                 machine.read_until(b"\n")
             machine.send(f"run {timeout}\n".encode())
             status, out, err = map(int, machine.read_until(b"\n").split())
-            result = Result(command, status, machine.read(out), machine.read(err))
             late = status == 128 + signal.SIGKILL and time.monotonic() - started >= timeout
+            result = Result(command, status, self._read_file(".stdout", out), self._read_file(".stderr", err))
         if late:
             raise CommandTimeout(f"{command!r} was killed after {timeout} s", result, machine.log())
         if check and status != 0:
@@ -239,6 +244,16 @@ class Guest(ABC):
         if self._machine is None:
             raise GuestError("the guest is not running: start it first")
         return self._machine
+
+    def _read_file(self, name: str, size: int) -> bytes:
+        machine = self._running_machine()
+        content = b""
+        for number, start in enumerate(range(0, size, _OUTPUT_PART)):
+            part = min(size - start, _OUTPUT_PART)
+            machine.expect("printing what a command left", within=30)
+            machine.send(f"part {name} {number} {part}\n".encode())
+            content += machine.read(part)
+        return content
 
     def _greet(self) -> None:
         machine = self._running_machine()
@@ -394,6 +409,7 @@ class _Machine:
             # Memory, not a pipe: a guest never waits for somebody to read its messages.
             self._log = owned.enter_context(open(os.memfd_create("guest-log"), "rb"))
             self._channel, theirs = map(owned.enter_context, socket.socketpair())
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _OUTPUT_PART)
             # The guest puts its terminal in raw mode and signals its process group: it gets neither of ours.
             self.process = subprocess.Popen(
                 command_line(theirs.fileno(), Path(directory)),
@@ -438,10 +454,8 @@ class _Machine:
     def power_off(self, timeout: float) -> bool:
         """Whether the process ended by itself within `timeout` seconds."""
         self.expect("powering off", within=timeout)
-        try:
+        with suppress(GuestError):
             self.send(b"exit\n")
-        except GuestError:
-            pass
         pidfd = os.pidfd_open(self.process.pid)
         try:
             return bool(select.select([pidfd], [], [], timeout)[0])
@@ -475,10 +489,15 @@ class _Machine:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:
-        # Before the wait: until then the process exists, if only as a zombie, and the group's number is no one else's.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    if process.returncode is not None:
+        return
+    # Before the wait: until then the process exists, if only as a zombie, and the group's number is no one else's.
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with suppress(ProcessLookupError):
+        for _ in range(1000):  # its helpers are dead a moment later
+            os.killpg(process.pid, 0)
+            time.sleep(0.001)
 
 
 def _existing_socket(path: StrPath) -> str:
