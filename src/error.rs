@@ -80,8 +80,8 @@ pub enum RingError {
     )]
     IndirectLength { descriptor: u16, length: u32, limit: u32 },
 
-    #[error("the chain at descriptor {head} holds {bytes} bytes; at most 4294967295 can be reported back")]
-    ChainTooLarge { head: u16, bytes: u64 },
+    #[error("the chain at descriptor {head} holds {bytes} bytes or more; the queue takes {limit}")]
+    ChainTooLarge { head: u16, bytes: u64, limit: u32 },
 
     #[error("the memory of the ring is gone: {0}")]
     MemoryGone(String),

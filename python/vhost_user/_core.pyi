@@ -119,6 +119,7 @@ class Backend:
         cls,
         runtime: object,
         queue_sizes: list[int],
+        max_requests: list[int],
         handlers: list[Callable[[Request], object] | None],
         features: int,
         config: bytes,

@@ -225,7 +225,8 @@ class Runtime:
             for _ in self.queues_of(declaration)
         ]
         sizes = [queues.MAX_SIZE] * len(devices_queues)
-        return Backend(self, sizes, handlers, features, bytes(self.config.space))
+        limits = [queue.max_request for queue in devices_queues]
+        return Backend(self, sizes, limits, handlers, features, bytes(self.config.space))
 
     def _handler(self, name: str | None) -> Callable[[Request], object] | None:
         if name is None:

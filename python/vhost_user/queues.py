@@ -20,6 +20,9 @@ Handler = TypeVar("Handler", bound=Callable[..., object])
 
 MAX_SIZE = 32768
 
+#: Bytes in a request by default: more than the block layer or a file system asks for, and no danger to the host.
+MAX_REQUEST = 64 << 20
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,23 +30,28 @@ class Queue:
     """A queue of a device class. The order of declaration is the queue's index.
 
     `size` is the number of entries that a driver is advised to use, a power of two up to 32768; the front-end decides.
-    `backlog` is how many pushes are kept while the driver has no buffer for them.
+    `backlog` is how many pushes are kept while the driver has no buffer for them. `max_request` is how many bytes a
+    request may hold, to read and to write together: a driver that asks for more breaks its queue, so that a handler
+    may allocate what a request announces.
     """
 
     name: str
 
-    def __init__(self, size: int = 256, *, backlog: int = 0) -> None:
+    def __init__(self, size: int = 256, *, backlog: int = 0, max_request: int = MAX_REQUEST) -> None:
         if size < 1 or size > MAX_SIZE or size & (size - 1):
             raise DeclarationError(f"a queue has a power of two of entries up to {MAX_SIZE}, not {size}")
         if backlog < 0:
             raise DeclarationError(f"a backlog cannot be negative, as {backlog} is")
+        if not 0 < max_request < 1 << 32:
+            raise DeclarationError(f"a request holds from 1 to 4294967295 bytes, not {max_request}")
         self.size = size
         self.backlog = backlog
+        self.max_request = max_request
 
     @staticmethod
-    def many(count: int | str, size: int = 256, *, backlog: int = 0) -> QueueArray:
+    def many(count: int | str, size: int = 256, *, backlog: int = 0, max_request: int = MAX_REQUEST) -> QueueArray:
         """Several queues in a row, alike. `count` is their number, or the name of the attribute that holds it."""
-        return QueueArray(count, size, backlog=backlog)
+        return QueueArray(count, size, backlog=backlog, max_request=max_request)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -78,8 +86,8 @@ class Queue:
 class QueueArray(Queue):
     """Several queues in a row, from :meth:`Queue.many`."""
 
-    def __init__(self, count: int | str, size: int = 256, *, backlog: int = 0) -> None:
-        super().__init__(size, backlog=backlog)
+    def __init__(self, count: int | str, size: int = 256, *, backlog: int = 0, max_request: int = MAX_REQUEST) -> None:
+        super().__init__(size, backlog=backlog, max_request=max_request)
         if isinstance(count, int) and count < 0:
             raise DeclarationError(f"{count} queues cannot be")
         self.count = count
@@ -131,6 +139,7 @@ class DeviceQueue:
         self.name = name
         self.index = index
         self.size = declaration.size
+        self.max_request = declaration.max_request
         self._backlog_limit = declaration.backlog
         self._backlog: deque[bytes] = deque()
         self._backend: Backend | None = None

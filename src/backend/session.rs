@@ -38,9 +38,6 @@ const DRAIN_REMINDER: Duration = Duration::from_secs(5);
 /// Regions that ADD_MEM_REG may add up to: what libvhost-user answers, and QEMU's own limit nearly.
 const MAX_MEMORY_SLOTS: usize = 509;
 
-/// Descriptors in an indirect table, at the most, whatever the queue's size. QEMU has the same limit.
-const MAX_INDIRECT: u32 = 1024;
-
 /// Transport features that some front ends take without asking; they cost nothing.
 const TAKEN_WITHOUT_ASKING: VirtioFeatures =
     VirtioFeatures(VirtioFeatures::INDIRECT_DESC.0 | VirtioFeatures::EVENT_IDX.0 | VirtioFeatures::VERSION_1.0);
@@ -451,7 +448,6 @@ impl Session {
         let options = RingOptions {
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
-            max_indirect: MAX_INDIRECT,
         };
         self.vrings.iter().try_for_each(|vring| vring.check_options(options))?;
         for vring in self.vrings.iter() {

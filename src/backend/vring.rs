@@ -13,7 +13,7 @@ use super::event_loop::Wakeup;
 use super::notification::{Call, Kick, Kicked};
 use crate::error::RingError;
 use crate::memory::Snapshot;
-use crate::virtqueue::{Chain, RingAddresses, RingOptions, SplitRing, Used};
+use crate::virtqueue::{Chain, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
 
 /// Counters of one queue, since the device was made.
 #[derive(Debug, Default)]
@@ -87,6 +87,7 @@ struct Inner {
     size: u16,
     addresses: Option<RingAddresses>,
     options: RingOptions,
+    limits: RingLimits,
     /// A ring with a source of kicks is started, in the specification's words.
     kick: Option<KickSource>,
     call: Option<Arc<Call>>,
@@ -115,12 +116,13 @@ pub struct Vring {
 
 impl Vring {
     #[must_use]
-    pub fn new(index: u16, max_size: u16, wakeup: Wakeup) -> Self {
+    pub fn new(index: u16, max_size: u16, limits: RingLimits, wakeup: Wakeup) -> Self {
         let inner = Inner {
             max_size,
             size: max_size,
             addresses: None,
-            options: RingOptions { event_idx: false, indirect: false, max_indirect: 0 },
+            options: RingOptions { event_idx: false, indirect: false },
+            limits,
             kick: None,
             call: None,
             error: None,
@@ -407,7 +409,7 @@ impl Vring {
         if !inner.enabled || inner.parked || inner.kick.is_none() {
             return Ok(());
         }
-        let Inner { state, held, call, size, addresses, options, .. } = &mut *inner;
+        let Inner { state, held, call, size, addresses, options, limits, .. } = &mut *inner;
         match state {
             State::Broken { .. } => Ok(()),
             State::Running { ring, .. } => {
@@ -428,7 +430,7 @@ impl Vring {
                     Ok(ring) => {
                         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
                         let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
-                        *state = State::Running { ring: Box::new(ring), run };
+                        *state = State::Running { ring: Box::new(ring.with_limits(*limits)), run };
                         Ok(())
                     }
                     Err(error) => {

@@ -17,7 +17,7 @@ use crate::backend::{
     Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
-use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, Used};
+use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
 const BATCH: usize = 64;
@@ -73,21 +73,25 @@ impl Backend {
     fn new(
         runtime: Py<PyAny>,
         queue_sizes: Vec<u16>,
+        max_requests: Vec<u32>,
         handlers: Vec<Option<Py<PyAny>>>,
         features: u64,
         config: Vec<u8>,
         py: Python<'_>,
     ) -> PyResult<Self> {
-        if queue_sizes.len() != handlers.len() {
-            return Err(PyValueError::new_err("as many handlers as queues are needed"));
+        if queue_sizes.len() != handlers.len() || queue_sizes.len() != max_requests.len() {
+            return Err(PyValueError::new_err("every queue needs a size, a limit and a handler or None"));
         }
         if let Some(size) = queue_sizes.iter().find(|size| !size.is_power_of_two() || **size > MAX_QUEUE_SIZE) {
             return Err(PyValueError::new_err(format!("a queue cannot have {size} entries")));
         }
         let events = Arc::new(EventLoop::new().map_err(|error| to_python(py, error))?);
         let vrings = (0u16..)
-            .zip(&queue_sizes)
-            .map(|(index, size)| Arc::new(Vring::new(index, *size, events.wakeup())))
+            .zip(queue_sizes.iter().zip(max_requests))
+            .map(|(index, (size, max_bytes))| {
+                let limits = RingLimits { max_bytes, ..RingLimits::default() };
+                Arc::new(Vring::new(index, *size, limits, events.wakeup()))
+            })
             .collect();
         Ok(Self {
             runtime,

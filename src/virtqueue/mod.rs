@@ -9,7 +9,7 @@ mod split;
 
 pub use chain::{Chain, Used};
 pub use driver::{Element, Indirect, SplitDriver};
-pub use split::{RingAddresses, RingOptions, SplitRing};
+pub use split::{RingAddresses, RingLimits, RingOptions, SplitRing};
 
 /// The largest ring that a front-end may ask for. Virtio 1.3, section 2.7.
 pub const MAX_QUEUE_SIZE: u16 = 32768;

@@ -47,8 +47,22 @@ pub struct RingOptions {
     pub event_idx: bool,
     /// Whether chains may be in indirect tables.
     pub indirect: bool,
+}
+
+/// What the device puts up with, whatever the driver may do.
+#[derive(Clone, Copy, Debug)]
+pub struct RingLimits {
     /// The longest indirect table, in descriptors.
     pub max_indirect: u32,
+    /// Bytes in a chain, readable and writable together.
+    pub max_bytes: u32,
+}
+
+impl Default for RingLimits {
+    /// QEMU's limit on tables, and what a used entry can say.
+    fn default() -> Self {
+        Self { max_indirect: 1024, max_bytes: u32::MAX }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -108,6 +122,7 @@ pub struct SplitRing {
     parts: Parts,
     size: u16,
     options: RingOptions,
+    limits: RingLimits,
     addresses: RingAddresses,
     snapshot: Arc<Snapshot>,
 
@@ -151,6 +166,7 @@ impl SplitRing {
             parts,
             size,
             options,
+            limits: RingLimits::default(),
             addresses,
             snapshot,
             next_avail: base,
@@ -166,6 +182,12 @@ impl SplitRing {
         ring.next_used = u16::from_le(ring.used_index().load(Ordering::Relaxed));
         ring.published = ring.next_used;
         Ok(ring)
+    }
+
+    /// The ring with limits of its own.
+    #[must_use]
+    pub fn with_limits(self, limits: RingLimits) -> Self {
+        Self { limits, ..self }
     }
 
     /// The same ring over other memory, or an error that leaves it as it was.
@@ -337,7 +359,7 @@ impl SplitRing {
         if descriptor.flags & NEXT != 0 {
             return Err(RingError::IndirectWithNext { descriptor: outer, flags: descriptor.flags });
         }
-        let limit = self.options.max_indirect * DESCRIPTOR_SIZE as u32;
+        let limit = self.limits.max_indirect * DESCRIPTOR_SIZE as u32;
         let length = descriptor.length;
         if length == 0 || !length.is_multiple_of(DESCRIPTOR_SIZE as u32) || length > limit {
             return Err(RingError::IndirectLength { descriptor: outer, length, limit });
@@ -402,8 +424,8 @@ impl SplitRing {
             })
             .map_err(|_| self.outside(index, descriptor))?;
         let bytes = chain.readable() + chain.writable();
-        if bytes > u64::from(u32::MAX) {
-            return Err(RingError::ChainTooLarge { head: chain.head(), bytes });
+        if bytes > u64::from(self.limits.max_bytes) {
+            return Err(RingError::ChainTooLarge { head: chain.head(), bytes, limit: self.limits.max_bytes });
         }
         Ok(())
     }
