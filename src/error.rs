@@ -99,4 +99,7 @@ pub enum RingError {
         "the used ring says that {written} bytes were written to the chain at descriptor {head}, which has {writable}"
     )]
     UsedTooLong { head: u16, written: u32, writable: u64 },
+
+    #[error("the back-end reports that the ring is broken")]
+    ReportedBroken,
 }

@@ -7,10 +7,12 @@
 //! | `memory` | the guest's address space |
 //! | `virtqueue` | rings, chains, notification |
 //! | `backend` | the device's side of a session, and its event loop |
+//! | `frontend` | the driver's side of a session, and the queues that it submits to |
 //! | `bindings` | what Python sees (feature `python`) |
 
 pub mod backend;
 pub mod error;
+pub mod frontend;
 pub mod memory;
 pub mod protocol;
 pub mod transport;

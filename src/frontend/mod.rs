@@ -1,0 +1,28 @@
+//! The driver's side of a session: the handshake, memory to share, and queues that submit requests.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `session` | one connection: requests, their answers, and what the back-end asks meanwhile |
+//! | `memory` | guest memory that this process makes, and what is free of it |
+//! | `queue` | one ring with its notifications and the requests that are under way |
+//!
+//! The back end is the one that is not trusted here: every answer has a deadline, and is checked. Everything can be
+//! used from several threads at once. Nothing here knows of Python.
+
+mod memory;
+mod queue;
+mod session;
+
+pub use memory::{Allocation, Memory};
+pub use queue::{Completion, Queue, QueueOptions};
+pub use session::{Event, Frontend, Offer};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// No state here is left half changed by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

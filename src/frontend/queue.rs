@@ -1,0 +1,402 @@
+//! One queue: a ring, its notifications, and the requests that are under way.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{read, write};
+
+use super::memory::Allocation;
+use super::{Frontend, Memory, lock};
+use crate::error::{Error, RingError};
+use crate::protocol::{FrontendMessage, VirtioFeatures, VringAddress, VringDescriptor, VringState};
+use crate::virtqueue::{Element, Indirect, MAX_QUEUE_SIZE, RingAddresses, RingOptions, SplitDriver};
+
+/// Parts of a request begin at multiples of their size, as far as somebody might care: a page, for direct I/O.
+const MAX_ALIGNMENT: usize = 4096;
+const MIN_ALIGNMENT: usize = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueOptions {
+    /// Descriptors: a power of two up to 32768.
+    pub size: u16,
+    /// The available index to start at.
+    pub base: u16,
+    /// Put requests of several parts into indirect tables, if that was negotiated.
+    pub indirect: bool,
+}
+
+/// A request that the device is done with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// What `submit` returned.
+    pub token: u64,
+    /// How many bytes the device says it wrote, from the start of the writable parts on: these.
+    pub data: Vec<u8>,
+}
+
+/// The driver's end of one queue. Any number of threads may submit and wait.
+///
+/// Drop it after the device was reset or the queue stopped: its memory is free again then.
+#[derive(Debug)]
+pub struct Queue {
+    frontend: Arc<Frontend>,
+    memory: Arc<Memory>,
+    index: u8,
+    addresses: RingAddresses,
+    /// Whether requests of several parts go into indirect tables.
+    indirect: bool,
+    kick: OwnedFd,
+    call: OwnedFd,
+    error: OwnedFd,
+    state: Mutex<State>,
+    /// Somebody looked at what the device gave back, or stopped waiting for it.
+    looked: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    ring: SplitDriver,
+    /// Where the ring is.
+    _memory: Allocation,
+    /// By the descriptor that the chain begins with.
+    requests: Box<[Request]>,
+    /// Memory of former requests. Most workloads repeat a few sizes, and then nothing is allocated.
+    spare: Vec<Allocation>,
+    /// Room for the elements of the next request.
+    elements: Vec<Element>,
+    next_token: u64,
+    done: VecDeque<Completion>,
+    broken: Option<RingError>,
+    /// A thread waits for the device; the others wait for that thread.
+    waiting: bool,
+}
+
+#[derive(Debug, Default)]
+struct Request {
+    token: u64,
+    buffer: Option<Allocation>,
+    /// The parts, as they are in `buffer`.
+    elements: Vec<Element>,
+}
+
+impl Queue {
+    /// Make a queue in `memory`, which has to be shared before [`start`](Self::start).
+    pub fn new(frontend: Arc<Frontend>, memory: Arc<Memory>, index: u8, options: QueueOptions) -> Result<Self, Error> {
+        let QueueOptions { size, base, indirect } = options;
+        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
+            return Err(Error::State(format!(
+                "queue {index} cannot have {size} entries; a split ring needs a power of two up to {MAX_QUEUE_SIZE}"
+            )));
+        }
+        let features = frontend.features();
+        let ring_options = RingOptions {
+            event_idx: features.contains(VirtioFeatures::EVENT_IDX),
+            indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
+        };
+        let entries = u64::from(size);
+        let avail = 16 * entries;
+        let used = (avail + 6 + 2 * entries).next_multiple_of(4);
+        let ring_memory = memory.allocate(used + 6 + 8 * entries, MAX_ALIGNMENT as u64)?;
+        let start = Memory::user_address(ring_memory.address());
+        let addresses = RingAddresses { descriptors: start, avail: start + avail, used: start + used };
+        let ring = SplitDriver::new(addresses, size, base, ring_options, memory.snapshot().clone())
+            .map_err(|reason| Error::Ring { queue: index.into(), reason })?;
+        let event =
+            || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::os("making an eventfd"));
+        Ok(Self {
+            frontend,
+            memory,
+            index,
+            addresses,
+            indirect: indirect && ring_options.indirect,
+            kick: event()?,
+            call: event()?,
+            error: event()?,
+            state: Mutex::new(State {
+                ring,
+                _memory: ring_memory,
+                requests: (0..size).map(|_| Request::default()).collect(),
+                spare: Vec::new(),
+                elements: Vec::new(),
+                next_token: 0,
+                done: VecDeque::new(),
+                broken: None,
+                waiting: false,
+            }),
+            looked: Condvar::new(),
+        })
+    }
+
+    /// Set the ring up, and let the device work on it: from where it stopped, or from the base.
+    pub fn start(&self) -> Result<(), Error> {
+        let index = u32::from(self.index);
+        let (size, base) = {
+            let state = lock(&self.state);
+            (state.ring.size(), state.ring.base())
+        };
+        let RingAddresses { descriptors, avail, used } = self.addresses;
+        let with = VringDescriptor::new(self.index, true);
+        let tell = |message, descriptors: &[_]| self.frontend.tell(&message, descriptors);
+        tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
+        tell(FrontendMessage::SetVringBase(VringState { index, num: base.into() }), &[])?;
+        tell(FrontendMessage::SetVringAddr(VringAddress { index, flags: 0, descriptors, used, avail, log: 0 }), &[])?;
+        tell(FrontendMessage::SetVringCall(with), &[self.call.as_fd()])?;
+        tell(FrontendMessage::SetVringErr(with), &[self.error.as_fd()])?;
+        tell(FrontendMessage::SetVringKick(with), &[self.kick.as_fd()])?;
+        // Older back-ends start a ring at the first kick.
+        signal(&self.kick);
+        if self.frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) { self.enable(true) } else { Ok(()) }
+    }
+
+    /// Let the device work on the ring, or not. Only a session with protocol features has this.
+    pub fn enable(&self, enable: bool) -> Result<(), Error> {
+        let state = VringState { index: self.index.into(), num: enable.into() };
+        self.frontend.tell(&FrontendMessage::SetVringEnable(state), &[])
+    }
+
+    /// Take the ring away from the device, which completes what it has taken first. Returns the base: where it would go
+    /// on, and where [`start`](Self::start) lets it.
+    pub fn stop(&self) -> Result<u32, Error> {
+        if self.frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) {
+            self.enable(false)?;
+        }
+        let message = FrontendMessage::GetVringBase(VringState { index: self.index.into(), num: 0 });
+        let answer: VringState = self.frontend.ask(&message)?;
+        if answer.index != u32::from(self.index) {
+            let (asked, came) = (self.index, answer.index);
+            return Err(self.frontend.give_up(&message, &format!("asked about queue {asked}, was told of {came}")));
+        }
+        Ok(answer.num)
+    }
+
+    /// Submit a request, and kick the device if it wants to be. Returns the token that its completion will carry.
+    ///
+    /// `readable` is what the device gets, `writable` the sizes of what it may fill. Parts of no bytes are left out.
+    pub fn submit(&self, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {
+        let mut state = lock(&self.state);
+        let token = self.add(&mut state, readable, writable)?;
+        let kick = state.ring.publish();
+        drop(state);
+        if kick {
+            signal(&self.kick);
+        }
+        Ok(token)
+    }
+
+    /// A completion, if there is one: that of `token`, or whichever came first.
+    pub fn poll(&self, token: Option<u64>) -> Result<Option<Completion>, Error> {
+        self.take(&mut lock(&self.state), token)
+    }
+
+    /// A completion, waiting for it until `deadline`.
+    pub fn wait(&self, token: Option<u64>, deadline: Instant) -> Result<Completion, Error> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(completion) = self.take(&mut state, token)? {
+                return Ok(completion);
+            }
+            if let Some(token) = token {
+                self.check_under_way(&state, token)?;
+            }
+            state = self.wait_once(state, deadline)?;
+        }
+    }
+
+    /// Ask for a notification on [`call_descriptor`](Self::call_descriptor), for those who wait there themselves.
+    /// Returns whether something came that [`poll`](Self::poll) should look at first.
+    pub fn arm(&self) -> Result<bool, Error> {
+        // It may not have been notified at all.
+        let _ = read(&self.call, &mut [0; 8]);
+        let mut state = lock(&self.state);
+        let came = self.on_ring(&mut state, |ring| ring.enable_calls(1))?;
+        Ok(came || !state.done.is_empty())
+    }
+
+    #[must_use]
+    pub fn call_descriptor(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
+    }
+
+    #[must_use]
+    pub fn index(&self) -> u8 {
+        self.index
+    }
+
+    /// Requests that the device has not given back.
+    #[must_use]
+    pub fn outstanding(&self) -> u16 {
+        lock(&self.state).ring.outstanding()
+    }
+
+    fn add(&self, state: &mut State, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {
+        let parts = || readable.iter().map(|part| part.len()).chain(writable.iter().copied()).filter(|part| *part > 0);
+        let count = parts().count();
+        if count == 0 {
+            return Err(Error::State(format!(
+                "queue {}: a request needs at least one byte, of either kind",
+                self.index
+            )));
+        }
+        let indirect = self.indirect && count > 1;
+        let needed = if indirect { 1 } else { count };
+        if needed > usize::from(state.ring.free()) {
+            self.look(state)?;
+        }
+        if needed > usize::from(state.ring.free()) {
+            let (index, free, size) = (self.index, state.ring.free(), state.ring.size());
+            return Err(Error::State(format!(
+                "queue {index}: a request of {needed} descriptors does not fit; {free} of {size} are free"
+            )));
+        }
+        let table = if indirect { 16 * count } else { 0 };
+        let end = parts().try_fold(table, |end, part| {
+            u32::try_from(part).ok()?;
+            place(end, part).checked_add(part)
+        });
+        let bytes = end.ok_or_else(|| Error::State(format!("queue {}: the request is too large", self.index)))?;
+        let buffer = self.buffer(state, bytes)?;
+
+        let head_of_buffer = buffer.address();
+        let mut elements = std::mem::take(&mut state.elements);
+        elements.clear();
+        let mut end = table;
+        let sources = readable.iter().map(|part| (part.len(), Some(*part)));
+        for (length, source) in sources.chain(writable.iter().map(|length| (*length, None))).filter(|part| part.0 > 0) {
+            let start = place(end, length);
+            end = start + length;
+            if let Some(bytes) = source {
+                buffer.write(start, bytes);
+            }
+            let address = head_of_buffer + start as u64;
+            elements.push(Element { address, length: length as u32, writable: source.is_none() });
+        }
+        let indirect = indirect.then_some(Indirect { table: head_of_buffer, direct: 0 });
+        let head = self.on_ring(state, |ring| ring.add(&elements, indirect))?;
+        let token = state.next_token;
+        state.next_token += 1;
+        let request = Request { token, buffer: Some(buffer), elements };
+        state.elements = std::mem::replace(&mut state.requests[usize::from(head)], request).elements;
+        Ok(token)
+    }
+
+    /// Memory for a request: what an earlier one had, or new.
+    fn buffer(&self, state: &mut State, bytes: usize) -> Result<Allocation, Error> {
+        if let Some(at) = state.spare.iter().rposition(|spare| spare.len() >= bytes) {
+            return Ok(state.spare.swap_remove(at));
+        }
+        let alignment = bytes.next_power_of_two().min(MAX_ALIGNMENT) as u64;
+        self.memory.allocate(bytes as u64, alignment).or_else(|_| {
+            state.spare.clear();
+            self.memory.allocate(bytes as u64, alignment)
+        })
+    }
+
+    /// Take over what the device gave back.
+    fn look(&self, state: &mut State) -> Result<(), Error> {
+        loop {
+            let Some(used) = self.on_ring(state, SplitDriver::pop)? else { return Ok(()) };
+            let request = &mut state.requests[usize::from(used.head)];
+            let mut data = Vec::with_capacity(used.written as usize);
+            if let Some(buffer) = request.buffer.take() {
+                for part in request.elements.iter().filter(|part| part.writable) {
+                    let length = (part.length as usize).min(used.written as usize - data.len());
+                    buffer.read((part.address - buffer.address()) as usize, length, &mut data);
+                }
+                state.spare.push(buffer);
+            }
+            state.done.push_back(Completion { token: request.token, data });
+        }
+    }
+
+    fn take(&self, state: &mut State, token: Option<u64>) -> Result<Option<Completion>, Error> {
+        let looked = self.look(state);
+        let at = match token {
+            Some(token) => state.done.iter().position(|completion| completion.token == token),
+            None => Some(0),
+        };
+        match at.and_then(|at| state.done.remove(at)) {
+            Some(completion) => Ok(Some(completion)),
+            None => looked.map(|()| None),
+        }
+    }
+
+    /// A ring that broke stays broken.
+    fn on_ring<T>(
+        &self,
+        state: &mut State,
+        work: impl FnOnce(&mut SplitDriver) -> Result<T, RingError>,
+    ) -> Result<T, Error> {
+        let result = match &state.broken {
+            Some(reason) => Err(reason.clone()),
+            None => work(&mut state.ring),
+        };
+        result.map_err(|reason| {
+            state.broken.get_or_insert_with(|| reason.clone());
+            Error::Ring { queue: self.index.into(), reason }
+        })
+    }
+
+    /// Nobody should wait for what cannot come.
+    fn check_under_way(&self, state: &State, token: u64) -> Result<(), Error> {
+        if state.requests.iter().any(|request| request.buffer.is_some() && request.token == token) {
+            return Ok(());
+        }
+        Err(Error::State(format!("queue {}: there is no request {token} to wait for", self.index)))
+    }
+
+    /// Wait for the device to notify, or for the thread that does.
+    fn wait_once<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        deadline: Instant,
+    ) -> Result<MutexGuard<'a, State>, Error> {
+        if state.waiting {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.late());
+            }
+            return Ok(self.looked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0);
+        }
+        if self.on_ring(&mut state, |ring| ring.enable_calls(1))? {
+            return Ok(state);
+        }
+        state.waiting = true;
+        drop(state);
+        let outcome = self.frontend.wait([self.call.as_fd(), self.error.as_fd()], deadline);
+        let mut state = lock(&self.state);
+        state.waiting = false;
+        state.ring.disable_calls();
+        self.looked.notify_all();
+        match outcome {
+            Ok([_, broken]) => {
+                // Either may not have been the one that was signalled.
+                let _ = read(&self.call, &mut [0; 8]);
+                if broken {
+                    // What was done before counts.
+                    let _ = self.look(&mut state);
+                    state.broken.get_or_insert(RingError::ReportedBroken);
+                }
+                Ok(state)
+            }
+            Err(Error::Timeout(_)) => Err(self.late()),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn late(&self) -> Error {
+        Error::Timeout(format!("queue {}: the device did not complete the request in time", self.index))
+    }
+}
+
+/// Where a part of `length` bytes begins that comes after `end`.
+fn place(end: usize, length: usize) -> usize {
+    end.next_multiple_of(length.next_power_of_two().clamp(MIN_ALIGNMENT, MAX_ALIGNMENT))
+}
+
+/// The counter of an eventfd that nobody reads is full at some time: then it is signalled in any case.
+fn signal(event: &OwnedFd) {
+    let _ = write(event, &1u64.to_ne_bytes());
+}

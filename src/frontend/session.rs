@@ -1,0 +1,477 @@
+//! One connection to a back-end: requests and their answers, and the requests that the back-end makes itself.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::{Errno, read, write};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::{Memory, lock};
+use crate::error::Error;
+use crate::protocol::{
+    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, Gate, MemoryTable, Payload,
+    ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
+};
+use crate::transport::{Connection, Frame, Received};
+
+/// Bits of the device status. Virtio 1.3, section 2.1.
+const ACKNOWLEDGE_DRIVER: u8 = 1 | 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+
+/// Events that nobody asked for are kept up to this number; a back-end that sends more loses its channel.
+const MAX_EVENTS: usize = 1024;
+
+/// The driver's end of a session.
+///
+/// An answer that is late or makes no sense ends it, because what comes next could not be told apart from what should
+/// have come before; a refusal does not.
+#[derive(Debug)]
+pub struct Frontend {
+    main: Mutex<Main>,
+    /// The socket of `main`, to wait for without taking the lock.
+    socket: OwnedFd,
+    timeout: Duration,
+    features: AtomicU64,
+    protocol: AtomicU64,
+    shared: Mutex<Vec<Region>>,
+    channel: Mutex<Option<Arc<Channel>>>,
+    events: Mutex<VecDeque<Event>>,
+    /// Counts `events`.
+    event_count: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Main {
+    connection: Connection,
+    /// Why the session is over.
+    over: Option<String>,
+}
+
+/// The socket on which the back-end makes requests.
+#[derive(Debug)]
+struct Channel {
+    connection: Mutex<Connection>,
+    /// The same socket, to wait for without taking the lock.
+    socket: OwnedFd,
+}
+
+/// What a back-end can do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Device and transport features.
+    pub features: u64,
+    pub protocol: ProtocolFeatures,
+    /// As the back-end counts them: network devices may count pairs.
+    pub queues: Option<u64>,
+}
+
+/// What a back-end says unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The configuration space has to be read again.
+    ConfigChanged,
+    /// A request that cannot be served, or is malformed. The back-end was told if it wanted to know.
+    Refused(String),
+    /// There will be no more of them.
+    ChannelClosed(String),
+}
+
+impl Frontend {
+    /// The protocol features that this side makes use of.
+    pub const SUPPORTED: ProtocolFeatures = ProtocolFeatures(
+        ProtocolFeatures::MQ.0
+            | ProtocolFeatures::REPLY_ACK.0
+            | ProtocolFeatures::BACKEND_REQ.0
+            | ProtocolFeatures::CONFIG.0
+            | ProtocolFeatures::RESET_DEVICE.0
+            | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0
+            | ProtocolFeatures::STATUS.0,
+    );
+
+    /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.
+    pub fn new(socket: OwnedFd, timeout: Duration) -> Result<Self, Error> {
+        let again =
+            socket.try_clone().map_err(|source| Error::Os { context: "dup of the socket".to_owned(), source })?;
+        Ok(Self {
+            main: Mutex::new(Main { connection: Connection::new(socket)?, over: None }),
+            socket: again,
+            timeout,
+            features: AtomicU64::default(),
+            protocol: AtomicU64::default(),
+            shared: Mutex::default(),
+            channel: Mutex::default(),
+            events: Mutex::default(),
+            event_count: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE)
+                .map_err(Error::os("making an eventfd"))?,
+        })
+    }
+
+    /// Everything up to where the features of the device are chosen. Of the protocol features that are offered, those
+    /// in `protocol` are taken.
+    pub fn handshake(&self, protocol: ProtocolFeatures) -> Result<Offer, Error> {
+        self.tell(&FrontendMessage::SetOwner(Empty), &[])?;
+        let mut offer = Offer { features: self.get_features()?, ..Offer::default() };
+        if VirtioFeatures(offer.features).contains(VirtioFeatures::PROTOCOL_FEATURES) {
+            offer.protocol = ProtocolFeatures(self.ask::<U64>(&FrontendMessage::GetProtocolFeatures(Empty))?.0);
+            self.set_protocol_features(ProtocolFeatures(offer.protocol.0 & protocol.0 & Self::SUPPORTED.0))?;
+        }
+        let negotiated = self.protocol_features();
+        if negotiated.contains(ProtocolFeatures::MQ) {
+            offer.queues = Some(self.ask::<U64>(&FrontendMessage::GetQueueNum(Empty))?.0);
+        }
+        if negotiated.contains(ProtocolFeatures::BACKEND_REQ) {
+            self.open_channel()?;
+        }
+        Ok(offer)
+    }
+
+    pub fn get_features(&self) -> Result<u64, Error> {
+        Ok(self.ask::<U64>(&FrontendMessage::GetFeatures(Empty))?.0)
+    }
+
+    /// Choose the device's features, and bit 30 where rings are to be enabled one by one. With STATUS the device has to
+    /// agree.
+    pub fn set_features(&self, features: u64) -> Result<(), Error> {
+        self.tell(&FrontendMessage::SetFeatures(U64(features)), &[])?;
+        self.features.store(features, Ordering::Relaxed);
+        if self.protocol_features().contains(ProtocolFeatures::STATUS) {
+            self.set_status(ACKNOWLEDGE_DRIVER | FEATURES_OK)?;
+            let status = self.status()?;
+            if status & FEATURES_OK == 0 {
+                return Err(Error::Refused {
+                    message: "SET_FEATURES",
+                    reason: format!("the device does not accept {features:#x}: its status is {status:#x}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What was chosen by [`set_features`](Self::set_features).
+    #[must_use]
+    pub fn features(&self) -> VirtioFeatures {
+        VirtioFeatures(self.features.load(Ordering::Relaxed))
+    }
+
+    pub fn set_protocol_features(&self, features: ProtocolFeatures) -> Result<(), Error> {
+        self.tell(&FrontendMessage::SetProtocolFeatures(U64(features.0)), &[])?;
+        self.protocol.store(features.0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures(self.protocol.load(Ordering::Relaxed))
+    }
+
+    /// Tell the device that the driver is ready, if the back-end wants to know.
+    pub fn set_driver_ok(&self) -> Result<(), Error> {
+        if !self.protocol_features().contains(ProtocolFeatures::STATUS) {
+            return Ok(());
+        }
+        self.set_status(ACKNOWLEDGE_DRIVER | FEATURES_OK | DRIVER_OK)
+    }
+
+    pub fn set_status(&self, status: u8) -> Result<(), Error> {
+        self.tell(&FrontendMessage::SetStatus(U64(status.into())), &[])
+    }
+
+    pub fn status(&self) -> Result<u8, Error> {
+        Ok(self.ask::<U64>(&FrontendMessage::GetStatus(Empty))?.0 as u8)
+    }
+
+    /// Bring the device back to its initial state. Its queues have to be started again.
+    pub fn reset(&self) -> Result<(), Error> {
+        if self.protocol_features().contains(ProtocolFeatures::RESET_DEVICE) {
+            self.tell(&FrontendMessage::ResetDevice(Empty), &[])
+        } else {
+            self.set_status(0)
+        }
+    }
+
+    /// Read `size` bytes of the configuration space.
+    pub fn get_config(&self, offset: u32, size: usize) -> Result<Vec<u8>, Error> {
+        let message = FrontendMessage::GetConfig(Config { offset, flags: 0, bytes: check_config_size(vec![0; size])? });
+        self.check_gate(&message)?;
+        let payload = self.exchange(&message, &[])?.unwrap_or_default();
+        let refused = |reason: &str| Error::Refused { message: message.request().name(), reason: reason.to_owned() };
+        if payload.is_empty() {
+            return Err(refused("the back-end answered with an error"));
+        }
+        let config = Config::decode(&payload).map_err(|reason| self.give_up(&message, &reason))?;
+        if config.bytes.is_empty() && size != 0 {
+            return Err(refused("the back-end answered with no bytes"));
+        }
+        if (config.offset, config.bytes.len()) != (offset, size) {
+            let (came, at) = (config.bytes.len(), config.offset);
+            return Err(self.give_up(&message, &format!("asked for {size} bytes at {offset}, got {came} at {at}")));
+        }
+        Ok(config.bytes)
+    }
+
+    /// Write to the configuration space.
+    pub fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
+        let bytes = check_config_size(bytes.to_vec())?;
+        self.tell(&FrontendMessage::SetConfig(Config { offset, flags: 0, bytes }), &[])
+    }
+
+    /// Share `memory`, in place of what was shared before.
+    pub fn share(&self, memory: &Memory) -> Result<(), Error> {
+        let mut shared = lock(&self.shared);
+        let (regions, files): (Vec<_>, Vec<_>) = memory.regions().unzip();
+        if self.protocol_features().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            let slots = self.ask::<U64>(&FrontendMessage::GetMaxMemSlots(Empty))?.0;
+            if regions.len() as u64 > slots {
+                return Err(Error::State(format!("{} regions to share; the back-end takes {slots}", regions.len())));
+            }
+            while let Some(region) = shared.last() {
+                let region = SingleRegion { padding: 0, region: *region };
+                self.tell(&FrontendMessage::RemMemReg(region), &[])?;
+                shared.pop();
+            }
+            for (region, file) in regions.into_iter().zip(files) {
+                self.tell(&FrontendMessage::AddMemReg(SingleRegion { padding: 0, region }), &[file])?;
+                shared.push(region);
+            }
+        } else {
+            if regions.len() > MemoryTable::MAX_REGIONS {
+                let most = MemoryTable::MAX_REGIONS;
+                return Err(Error::State(format!("{} regions to share; at most {most} fit", regions.len())));
+            }
+            self.tell(&FrontendMessage::SetMemTable(MemoryTable { regions: regions.clone() }), &files)?;
+            *shared = regions;
+        }
+        Ok(())
+    }
+
+    /// The next event, waiting for it until `deadline`. None if there was none.
+    pub fn next_event(&self, deadline: Instant) -> Result<Option<Event>, Error> {
+        loop {
+            if read(&self.event_count, &mut [0; 8]).is_ok() {
+                return Ok(lock(&self.events).pop_front());
+            }
+            match self.wait([self.event_count.as_fd()], deadline) {
+                Ok(_) => {}
+                Err(Error::Timeout(_)) => return Ok(None),
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    /// Readable while there is an event. It stays unreadable while nobody waits in here or for an answer.
+    #[must_use]
+    pub fn event_descriptor(&self) -> BorrowedFd<'_> {
+        self.event_count.as_fd()
+    }
+
+    /// Send any message at any time, and return the payload of what comes back, if something has to.
+    ///
+    /// This is for those who want to see what a back-end makes of it; the other methods keep to the protocol.
+    pub fn exchange(
+        &self,
+        message: &FrontendMessage,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Option<Vec<u8>>, Error> {
+        let name = message.request().name();
+        let mut main = lock(&self.main);
+        if let Some(reason) = &main.over {
+            return Err(Error::State(format!("{name}: the session is over ({reason})")));
+        }
+        self.talk(&mut main.connection, message, descriptors).map_err(|error| {
+            let error = match error {
+                Error::Framing(text) => Error::Framing(format!("{name}: {text}")),
+                Error::Timeout(text) => Error::Timeout(format!("{name}: {text}")),
+                Error::Closed(text) => Error::Closed(format!("{name}: {text}")),
+                other => other,
+            };
+            main.over = Some(error.to_string());
+            error
+        })
+    }
+
+    fn talk(
+        &self,
+        connection: &mut Connection,
+        message: &FrontendMessage,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Option<Vec<u8>>, Error> {
+        let request = message.request();
+        let deadline = Instant::now() + self.timeout;
+        let acknowledged = self.protocol_features().contains(ProtocolFeatures::REPLY_ACK);
+        let (flags, answered) = match request.info().answer {
+            Answer::Ack if acknowledged => (Flags::REQUEST_NEED_REPLY, true),
+            Answer::ReplyWith(feature, _) if !self.protocol_features().contains(feature) => (Flags::REQUEST, false),
+            Answer::Ack => (Flags::REQUEST, false),
+            Answer::Reply(_) | Answer::ReplyWith(..) => (Flags::REQUEST, true),
+        };
+        let mut payload = Vec::new();
+        message.encode(&mut payload);
+        connection.send(request as u32, flags, &payload, descriptors, deadline)?;
+        if !answered {
+            return Ok(None);
+        }
+        let frame = loop {
+            match connection.try_receive()? {
+                Received::Frame(frame) => break frame,
+                Received::Closed => return Err(Error::Closed("the back-end closed the connection".to_owned())),
+                Received::Incomplete => self.wait([self.socket.as_fd()], deadline)?,
+            };
+        };
+        frame.header.check_reply(request as u32, "reply")?;
+        match frame.defect {
+            Some(defect) => Err(Error::Framing(format!("the reply is broken: {defect}"))),
+            None if !frame.descriptors.is_empty() => {
+                Err(Error::Framing(format!("the reply has {} descriptors, expected none", frame.descriptors.len())))
+            }
+            None => Ok(Some(frame.payload)),
+        }
+    }
+
+    /// Send a request that is answered with an `R`.
+    pub(super) fn ask<R: Payload>(&self, message: &FrontendMessage) -> Result<R, Error> {
+        self.check_gate(message)?;
+        let payload = self.exchange(message, &[])?.unwrap_or_default();
+        R::decode(&payload).map_err(|reason| self.give_up(message, &format!("the reply makes no sense: {reason}")))
+    }
+
+    /// Send a request that is at most acknowledged.
+    pub(super) fn tell(&self, message: &FrontendMessage, descriptors: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.check_gate(message)?;
+        let Some(payload) = self.exchange(message, descriptors)? else { return Ok(()) };
+        match U64::decode(&payload) {
+            Ok(U64(0)) => Ok(()),
+            Ok(U64(code)) => Err(Error::Refused {
+                message: message.request().name(),
+                reason: format!("the back-end refused it with {code:#x}"),
+            }),
+            Err(reason) => Err(self.give_up(message, &format!("the acknowledgement makes no sense: {reason}"))),
+        }
+    }
+
+    fn check_gate(&self, message: &FrontendMessage) -> Result<(), Error> {
+        match message.request().info().gate {
+            Gate::Protocol(feature) if !self.protocol_features().contains(feature) => {
+                let name = message.request().name();
+                Err(Error::State(format!("{name} needs the protocol feature {feature}, which was not negotiated")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// End the session over an answer to `message`.
+    pub(super) fn give_up(&self, message: &FrontendMessage, reason: &str) -> Error {
+        let error = Error::Framing(format!("{}: {reason}", message.request().name()));
+        lock(&self.main).over = Some(error.to_string());
+        error
+    }
+
+    /// Wait until one of `wanted` can be read; each of them is in the answer. The back-end's requests are served
+    /// meanwhile.
+    pub(super) fn wait<const N: usize>(
+        &self,
+        wanted: [BorrowedFd<'_>; N],
+        deadline: Instant,
+    ) -> Result<[bool; N], Error> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return Err(Error::Timeout("the back-end did not answer in time".to_owned()));
+            }
+            let channel = lock(&self.channel).clone();
+            let mut ready = Vec::with_capacity(N + 2);
+            ready.extend(wanted.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)));
+            ready.push(PollFd::new(&self.socket, PollFlags::RDHUP));
+            ready.extend(channel.iter().map(|channel| PollFd::new(&channel.socket, PollFlags::IN)));
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            match poll(&mut ready, Some(&timeout)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::os("waiting for the back-end")(errno)),
+            }
+            let is_ready = |at: usize| ready.get(at).is_some_and(|descriptor| !descriptor.revents().is_empty());
+            let came = std::array::from_fn(is_ready);
+            if let Some(channel) = channel.as_ref().filter(|_| is_ready(N + 1)) {
+                self.serve(channel);
+            }
+            if came.contains(&true) {
+                return Ok(came);
+            }
+            if is_ready(N) {
+                return Err(Error::Closed("the back-end closed the connection".to_owned()));
+            }
+        }
+    }
+
+    fn open_channel(&self) -> Result<(), Error> {
+        let made = Error::os("making a socket pair for the back-end's requests");
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(made)?;
+        self.tell(&FrontendMessage::SetBackendReqFd(Empty), &[theirs.as_fd()])?;
+        let again = ours.try_clone().map_err(|source| Error::Os { context: "dup of a socket".to_owned(), source })?;
+        let connection = Mutex::new(Connection::new(ours)?);
+        *lock(&self.channel) = Some(Arc::new(Channel { connection, socket: again }));
+        Ok(())
+    }
+
+    /// Serve what is there, at most one request: the caller has a deadline to look at.
+    fn serve(&self, channel: &Arc<Channel>) {
+        let mut connection = lock(&channel.connection);
+        let outcome = match connection.try_receive() {
+            Ok(Received::Incomplete) => return,
+            Ok(Received::Frame(frame)) => self.answer(&connection, &frame),
+            Ok(Received::Closed) => Err(Error::Closed("the back-end closed it".to_owned())),
+            Err(error) => Err(error),
+        };
+        let event = outcome.unwrap_or_else(|error| {
+            // Nobody else replaced it: a channel is opened once.
+            *lock(&self.channel) = None;
+            Event::ChannelClosed(error.to_string())
+        });
+        let mut events = lock(&self.events);
+        // Who has not heard of one change of the configuration does not need to hear of two.
+        if events.back() != Some(&event) {
+            events.push_back(event);
+            // It cannot fail: the counter has room for 2^64 - 2.
+            let _ = write(&self.event_count, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn answer(&self, connection: &Connection, frame: &Frame) -> Result<Event, Error> {
+        frame.header.check_request()?;
+        if lock(&self.events).len() >= MAX_EVENTS {
+            return Err(Error::Framing(format!("more than {MAX_EVENTS} requests that nobody looked at")));
+        }
+        let event = self.understand(frame).unwrap_or_else(|error| Event::Refused(error.to_string()));
+        if frame.header.flags.need_reply() && self.protocol_features().contains(ProtocolFeatures::REPLY_ACK) {
+            let code = u64::from(event != Event::ConfigChanged).to_ne_bytes();
+            connection.send(frame.header.request, Flags::ANSWER, &code, &[], Instant::now() + self.timeout)?;
+        }
+        Ok(event)
+    }
+
+    fn understand(&self, frame: &Frame) -> Result<Event, Error> {
+        let request = BackendRequest::from_id(frame.header.request)?;
+        let refused = |reason: &str| Error::Refused { message: request.name(), reason: reason.to_owned() };
+        if let Some(defect) = &frame.defect {
+            return Err(refused(defect));
+        }
+        match BackendMessage::decode(request, &frame.payload, frame.descriptors.len())? {
+            BackendMessage::ConfigChangeMsg(_) if self.protocol_features().contains(ProtocolFeatures::CONFIG) => {
+                Ok(Event::ConfigChanged)
+            }
+            _ => Err(refused("it was not negotiated")),
+        }
+    }
+}
+
+fn check_config_size(bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+    if bytes.len() > Config::MAX_BYTES {
+        let most = Config::MAX_BYTES;
+        return Err(Error::State(format!("{} bytes of configuration; a message carries at most {most}", bytes.len())));
+    }
+    Ok(bytes)
+}
