@@ -1,0 +1,77 @@
+# `make demo` and `make test` set up all that they need, once: Debian packages, a virtual environment, the extension
+# module, and the guests. A target that has nothing to do costs no time.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TOOLS := .venv/.tools
+EXTENSION := .venv/.extension
+WHEEL_ENVIRONMENT := target/wheel-environment
+
+# What builds the extension and the guest's kernel, and what tests run in the guest, whose root is this system's.
+PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
+    python3-venv util-linux xxd xz-utils
+
+# Cargo and maturin agree on the interpreter: a change of it would build everything again.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint guest wheel clean packages
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(EXTENSION) uml ## Python classes are the devices of a real Linux: see what it does with them
+	$(BIN)/vhost-user demo
+
+test: $(EXTENSION) guest ## all tests: of the core, of the package, and of real guests
+	cargo test --locked
+	$(BIN)/pytest
+
+lint: $(EXTENSION) ## formatting, clippy, ruff, mypy, the stubs against the module, the workflows
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- --deny warnings
+	cargo clippy --locked --all-targets --features python -- --deny warnings
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/stubtest vhost_user
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/cibuildwheel --platform linux --archs x86_64,aarch64 --print-build-identifiers
+
+guest: uml qemu ## the kernels that the tests boot; the first time takes ten minutes
+
+wheel: $(TOOLS) ## a wheel for this machine, built from the source distribution and tested in an empty environment
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --sdist --interpreter $(BIN)/python --out dist
+	$(PYTHON) -m venv --clear $(WHEEL_ENVIRONMENT)
+	$(WHEEL_ENVIRONMENT)/bin/pip install --no-index dist/*.whl
+	$(WHEEL_ENVIRONMENT)/bin/python tests/packaging/wheel.py
+
+clean: ## remove what was made here; the guests stay in ~/.cache/vhost-user
+	rm -rf .venv target dist wheelhouse
+
+.PHONY: uml qemu
+uml qemu: $(TOOLS)
+	$(BIN)/python guest/build $@
+
+$(EXTENSION): $(TOOLS) Cargo.toml Cargo.lock pyproject.toml $(shell find src -name '*.rs')
+	$(BIN)/maturin develop --locked
+	touch $@
+
+$(TOOLS): pyproject.toml | packages
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+packages:
+	@missing="$(filter-out $(shell dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(PACKAGES) 2>&1 | sed -n 's/^installed //p'),$(PACKAGES))"; \
+	if [ -z "$$missing" ]; then exit; fi; \
+	if [ $$(id -u) != 0 ]; then \
+	    echo "Debian packages are missing. Install them, then run make again:"; \
+	    echo "    sudo apt-get install $$missing"; \
+	    exit 1; \
+	fi >&2; \
+	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $$missing
