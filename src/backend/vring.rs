@@ -84,7 +84,8 @@ enum KickSource {
 #[derive(Debug)]
 struct Inner {
     max_size: u16,
-    size: u16,
+    /// Unknown until SET_VRING_NUM, which may come last.
+    size: Option<u16>,
     addresses: Option<RingAddresses>,
     options: RingOptions,
     limits: RingLimits,
@@ -119,7 +120,7 @@ impl Vring {
     pub fn new(index: u16, max_size: u16, limits: RingLimits, wakeup: Wakeup) -> Self {
         let inner = Inner {
             max_size,
-            size: max_size,
+            size: None,
             addresses: None,
             options: RingOptions { event_idx: false, indirect: false },
             limits,
@@ -298,7 +299,7 @@ impl Vring {
         let max = inner.max_size;
         match u16::try_from(size) {
             Ok(size) if size.is_power_of_two() && size <= max => {
-                inner.size = size;
+                inner.size = Some(size);
                 self.stop_here(&mut inner);
                 Ok(())
             }
@@ -421,12 +422,12 @@ impl Vring {
                 Ok(())
             }
             State::Stopped { base } => {
-                let Some(addresses) = *addresses else { return Ok(()) };
+                let (Some(addresses), Some(size)) = (*addresses, *size) else { return Ok(()) };
                 if snapshot.is_empty() {
                     return Ok(());
                 }
                 let base = *base;
-                match SplitRing::new(addresses, *size, base, *options, Arc::clone(snapshot)) {
+                match SplitRing::new(addresses, size, base, *options, Arc::clone(snapshot)) {
                     Ok(ring) => {
                         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
                         let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
@@ -514,7 +515,7 @@ impl Vring {
         self.forget_run(&mut inner, retire);
         inner.state = State::Stopped { base: 0 };
         inner.addresses = None;
-        inner.size = inner.max_size;
+        inner.size = None;
         inner.error = None;
         inner.enabled = false;
     }
