@@ -1,0 +1,74 @@
+"""Devices that are served and front-ends that connect to them, and a look at what is left over afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import raw
+import vhost_user as vu
+from specimens import Connect, Serve
+
+
+def open_descriptors() -> dict[str, str]:
+    """What this process has open, by number."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        # The listing's own descriptor is gone by now.
+        with contextlib.suppress(FileNotFoundError):
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
+
+
+def guest_mappings() -> list[str]:
+    """The guest memory that this process has mapped."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:guest" in line]
+
+
+@pytest.fixture
+def level(tmp_path: Path) -> Iterator[None]:
+    """Nothing is left over after the test: no descriptor, no thread, no mapping of guest memory, no socket file."""
+    gc.collect()
+    descriptors, threads, mappings = open_descriptors(), set(threading.enumerate()), guest_mappings()
+    yield
+    gc.collect()
+    left = {number: name for number, name in open_descriptors().items() if descriptors.get(number) != name}
+    assert left == {}
+    assert set(threading.enumerate()) - threads == set()
+    assert set(guest_mappings()) - set(mappings) == set()
+    assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+@pytest.fixture
+def serve(level: None, tmp_path: Path) -> Iterator[Serve]:
+    """Serve a device in a thread until the end of the test. Returns the path of its socket."""
+    numbers = itertools.count()
+    with contextlib.ExitStack() as servers:
+
+        def start(device: vu.Device) -> Path:
+            path = tmp_path / f"{next(numbers)}.sock"
+            servers.enter_context(device.start(path))
+            return path
+
+        yield start
+
+
+@pytest.fixture
+def connect(serve: Serve) -> Iterator[Connect]:
+    """Connect a raw front-end until the end of the test, unless it is closed before."""
+    with contextlib.ExitStack() as front_ends:
+        yield lambda path: front_ends.enter_context(raw.FrontEnd(path))
+
+
+@pytest.fixture
+def memory(level: None) -> Iterator[raw.Memory]:
+    """A megabyte of guest memory."""
+    with raw.Memory() as memory:
+        yield memory

@@ -1,0 +1,110 @@
+"""Devices that the tests serve, as small as they can be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vhost_user as vu
+from raw import FrontEnd
+
+#: The fixtures `serve` and `connect`.
+Serve = Callable[[vu.Device], Path]
+Connect = Callable[[Path], FrontEnd]
+
+#: A number that no device type has.
+NO_TYPE = 0x7FFF
+
+
+class Reverse(vu.Device, device_id=NO_TYPE):
+    """Answers with what was sent, backwards, as far as there is room."""
+
+    requestq = vu.Queue()
+
+    @requestq.handler
+    def reverse(self, request: vu.Request) -> None:
+        request.write(request.read()[::-1][: request.writable])
+
+
+class ReverseMany(vu.Device, device_id=NO_TYPE):
+    """The same on four queues; the answer begins with the queue's index."""
+
+    queues_ = vu.Queue.many(4)
+
+    @queues_.handler
+    def reverse(self, request: vu.Request) -> None:
+        request.write(bytes([request.queue]) + request.read()[::-1])
+
+
+class Hold(vu.Device, device_id=NO_TYPE):
+    """Keeps every request until somebody else completes it."""
+
+    requestq = vu.Queue()
+
+    def __init__(self) -> None:
+        self.held: list[vu.Request] = []
+        self.arrived = threading.Semaphore(0)
+
+    @requestq.handler
+    def hold(self, request: vu.Request) -> None:
+        self.held.append(request.detach())
+        self.arrived.release()
+
+    def next(self) -> vu.Request:
+        """The next request that arrives."""
+        assert self.arrived.acquire(timeout=5)
+        return self.held.pop(0)
+
+
+class Diary(vu.Device, device_id=NO_TYPE):
+    """Writes down which hooks were called, with what."""
+
+    requestq = vu.Queue()
+    otherq = vu.Queue()
+    level = vu.config.u16(3, writable=True)
+    serial = vu.config.u32(0x11223344)
+
+    features = 1 << 5
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+
+    @requestq.handler
+    def reverse(self, request: vu.Request) -> None:
+        request.write(request.read()[::-1])
+
+    @otherq.handler
+    def ignore(self, request: vu.Request) -> None:
+        pass
+
+    def on_start(self) -> None:
+        self.entries.append(("start",))
+
+    def on_stop(self) -> None:
+        self.entries.append(("stop",))
+
+    def on_connect(self) -> None:
+        self.entries.append(("connect",))
+
+    def on_disconnect(self, error: Exception | None) -> None:
+        self.entries.append(("disconnect", error))
+
+    def on_features(self, features: int) -> None:
+        self.entries.append(("features", features))
+
+    def on_queue_start(self, queue: vu.DeviceQueue) -> None:
+        self.entries.append(("queue_start", queue.index))
+
+    def on_queue_stop(self, queue: vu.DeviceQueue) -> None:
+        self.entries.append(("queue_stop", queue.index))
+
+    def on_config_write(self, field: vu.config.Field[Any], old: Any, new: Any) -> None:
+        self.entries.append(("config_write", field.name, old, new))
+
+    def on_reset(self) -> None:
+        self.entries.append(("reset",))
+
+    def on_queue_error(self, queue: vu.DeviceQueue, error: str) -> None:
+        self.entries.append(("queue_error", queue.index, error))
