@@ -9,6 +9,8 @@ mod features;
 mod header;
 mod payload;
 mod requests;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use header::{Flags, HEADER_SIZE, Header, MAX_DESCRIPTORS, MAX_PAYLOAD};

@@ -414,6 +414,52 @@ fn the_extent_of_a_ring_is_inside_memory_to_the_last_byte() {
     assert!(SplitRing::new(across, 8, 0, FLAGS_ONLY, rig.memory.clone()).is_err(), "adjacent in the guest, not here");
 }
 
+#[test]
+fn a_ring_is_laid_out_as_the_kernel_lays_it_out() {
+    let offsets = crate::protocol::tests::run_c(
+        "#include <stddef.h>
+         #include <stdio.h>
+         #include <linux/virtio_ring.h>
+         int main(void) {
+             struct vring ring;
+             static char memory[65536] __attribute__((aligned(4096)));
+             vring_init(&ring, 8, memory, 4);
+             #define AT(part) printf(\"%zu \", (size_t)((char *)&(part) - memory))
+             AT(ring.desc[1].addr); AT(ring.desc[1].len); AT(ring.desc[1].flags); AT(ring.desc[1].next);
+             AT(ring.avail->flags); AT(ring.avail->idx); AT(ring.avail->ring[1]); AT(vring_used_event(&ring));
+             AT(ring.used->flags); AT(ring.used->idx); AT(ring.used->ring[1].id); AT(ring.used->ring[1].len);
+             AT(vring_avail_event(&ring));
+             printf(\"%d %d %d\", VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT);
+             return 0;
+         }",
+    );
+    let mut rig = Rig::new(8, 0, EVENT_IDX);
+    let start = u64::try_from(offsets[8]).unwrap();
+    let avail = u64::try_from(offsets[4]).unwrap();
+    let addresses = RingAddresses { descriptors: USER + DATA, avail: USER + DATA + avail, used: USER + DATA + start };
+    rig.driver = SplitDriver::new(addresses, 8, 0, EVENT_IDX, rig.memory.clone()).unwrap();
+    rig.device = SplitRing::new(addresses, 8, 0, EVENT_IDX, map(&rig.files)).unwrap();
+    // Descriptor 0, then 1 and 2, of which the device gives back the second chain second.
+    rig.submit(&[readable(0x40_1111, 0x22)], None);
+    rig.submit(&[writable(0x40_3333, 0x44), writable(0x40_3333, 0x55)], None);
+    let heads = [rig.take().head(), rig.take().head()];
+    rig.device.disable_kicks();
+    assert_eq!(rig.device.enable_kicks(), Ok(false));
+    rig.complete(heads[0], 0);
+    rig.complete(heads[1], 0x66);
+    rig.driver.enable_calls(7).unwrap();
+
+    let word = |at: usize, length: usize| {
+        let bytes = rig.peek(DATA + offsets[at] as u64, length);
+        bytes.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte))
+    };
+    let [next, write, indirect] = [offsets[13], offsets[14], offsets[15]].map(|flag| flag as u64);
+    assert_eq!([next, write, indirect], [NEXT, WRITE, INDIRECT].map(u64::from));
+    assert_eq!([word(0, 8), word(1, 4), word(2, 2), word(3, 2)], [0x40_3333, 0x44, next | write, 2]);
+    assert_eq!([word(4, 2), word(5, 2), word(6, 2), word(7, 2)], [0, 2, 1, 6]);
+    assert_eq!([word(8, 2), word(9, 2), word(10, 4), word(11, 4), word(12, 2)], [0, 2, 1, 0x66, 2]);
+}
+
 // What a hostile driver writes: design.md's table, a test a row.
 
 #[test]
