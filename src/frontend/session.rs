@@ -38,7 +38,8 @@ pub struct Frontend {
     timeout: Duration,
     features: AtomicU64,
     protocol: AtomicU64,
-    shared: Mutex<Vec<Region>>,
+    /// The back-end's memory, kept as long as it may use it.
+    shared: Mutex<Vec<(Region, Arc<Memory>)>>,
     channel: Mutex<Option<Arc<Channel>>>,
     events: Mutex<VecDeque<Event>>,
     /// Counts `events`.
@@ -189,8 +190,10 @@ impl Frontend {
     pub fn reset(&self) -> Result<(), Error> {
         if self.protocol_features().contains(ProtocolFeatures::RESET_DEVICE) {
             self.tell(&FrontendMessage::ResetDevice(Empty), &[])
-        } else {
+        } else if self.protocol_features().contains(ProtocolFeatures::STATUS) {
             self.set_status(0)
+        } else {
+            Err(Error::State("a reset needs RESET_DEVICE or STATUS, and neither was negotiated".to_owned()))
         }
     }
 
@@ -220,31 +223,41 @@ impl Frontend {
         self.tell(&FrontendMessage::SetConfig(Config { offset, flags: 0, bytes }), &[])
     }
 
-    /// Share `memory`, in place of what was shared before.
-    pub fn share(&self, memory: &Memory) -> Result<(), Error> {
+    /// Share `memories`, and nothing else any more. With CONFIGURE_MEM_SLOTS, those that are shared already are left
+    /// alone, and queues in them never notice.
+    pub fn share(&self, memories: &[Arc<Memory>]) -> Result<(), Error> {
         let mut shared = lock(&self.shared);
-        let (regions, files): (Vec<_>, Vec<_>) = memory.regions().unzip();
-        if self.protocol_features().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            let slots = self.ask::<U64>(&FrontendMessage::GetMaxMemSlots(Empty))?.0;
-            if regions.len() as u64 > slots {
-                return Err(Error::State(format!("{} regions to share; the back-end takes {slots}", regions.len())));
-            }
-            while let Some(region) = shared.last() {
-                let region = SingleRegion { padding: 0, region: *region };
-                self.tell(&FrontendMessage::RemMemReg(region), &[])?;
-                shared.pop();
-            }
-            for (region, file) in regions.into_iter().zip(files) {
-                self.tell(&FrontendMessage::AddMemReg(SingleRegion { padding: 0, region }), &[file])?;
-                shared.push(region);
-            }
+        let wanted: Vec<(Region, &Arc<Memory>, BorrowedFd<'_>)> = memories
+            .iter()
+            .flat_map(|memory| memory.regions().map(move |(region, file)| (region, memory, file)))
+            .collect();
+        let slots = self.protocol_features().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        let most = if slots {
+            self.ask::<U64>(&FrontendMessage::GetMaxMemSlots(Empty))?.0
         } else {
-            if regions.len() > MemoryTable::MAX_REGIONS {
-                let most = MemoryTable::MAX_REGIONS;
-                return Err(Error::State(format!("{} regions to share; at most {most} fit", regions.len())));
+            MemoryTable::MAX_REGIONS as u64
+        };
+        if wanted.len() as u64 > most {
+            return Err(Error::State(format!("{} regions to share; the back-end takes {most}", wanted.len())));
+        }
+        if !slots {
+            let (regions, files): (Vec<_>, Vec<_>) = wanted.iter().map(|(region, _, file)| (*region, *file)).unzip();
+            self.tell(&FrontendMessage::SetMemTable(MemoryTable { regions }), &files)?;
+            *shared = wanted.into_iter().map(|(region, memory, _)| (region, Arc::clone(memory))).collect();
+            return Ok(());
+        }
+        let is_same = |(region, memory): &(Region, Arc<Memory>), other: &(Region, &Arc<Memory>, BorrowedFd<'_>)| {
+            *region == other.0 && Arc::ptr_eq(memory, other.1)
+        };
+        while let Some(at) = shared.iter().position(|old| !wanted.iter().any(|new| is_same(old, new))) {
+            self.tell(&FrontendMessage::RemMemReg(SingleRegion { padding: 0, region: shared[at].0 }), &[])?;
+            shared.remove(at);
+        }
+        for new in wanted {
+            if !shared.iter().any(|old| is_same(old, &new)) {
+                self.tell(&FrontendMessage::AddMemReg(SingleRegion { padding: 0, region: new.0 }), &[new.2])?;
+                shared.push((new.0, Arc::clone(new.1)));
             }
-            self.tell(&FrontendMessage::SetMemTable(MemoryTable { regions: regions.clone() }), &files)?;
-            *shared = regions;
         }
         Ok(())
     }

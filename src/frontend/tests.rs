@@ -332,19 +332,21 @@ fn a_flood_of_requests_costs_the_channel_and_no_answer() {
 
 #[test]
 fn memory_goes_over_by_slots_or_as_a_table() {
-    let memory = Memory::with_layout(&[(0x10_0000, 0x2000), (0x10_2000, 0x1000), (0x80_0000, 0x1000)]).unwrap();
+    let layout = [(0x10_0000, 0x2000), (0x10_2000, 0x1000), (0x80_0000, 0x1000)];
+    let memory = Arc::new(Memory::with_layout(&layout).unwrap());
     let regions: Vec<Region> = memory.regions().map(|(region, _)| region).collect();
     let (frontend, peer) = with_script(Duration::from_secs(5), |mut peer| {
         peer.shake_hands(ProtocolFeatures::default());
         peer.receive(5)
     });
     frontend.handshake(Frontend::SUPPORTED).unwrap();
-    frontend.share(&memory).unwrap();
+    frontend.share(std::slice::from_ref(&memory)).unwrap();
     let frame = peer.join().unwrap();
     let message = FrontendMessage::decode(crate::protocol::FrontendRequest::SetMemTable, &frame.payload, 3).unwrap();
     assert!(matches!(message, FrontendMessage::SetMemTable(table) if table.regions == regions));
     let seals = fcntl_get_seals(&frame.descriptors[0]).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
+    drop(frontend);
 
     let (frontend, peer) = with_script(Duration::from_secs(5), |mut peer| {
         peer.shake_hands(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
@@ -358,13 +360,19 @@ fn memory_goes_over_by_slots_or_as_a_table() {
         requests
     });
     frontend.handshake(Frontend::SUPPORTED).unwrap();
-    frontend.share(&memory).unwrap();
-    frontend.share(&Memory::new(1).unwrap()).unwrap();
-    let too_many = Memory::with_layout(&[0, 1, 2, 3].map(|at| (at * 0x1000, 0x1000))).unwrap();
-    assert!(frontend.share(&too_many).unwrap_err().to_string().contains("the back-end takes 3"));
+    let share = |memories: &[&Arc<Memory>]| {
+        let memories: Vec<_> = memories.iter().map(|memory| Arc::clone(memory)).collect();
+        frontend.share(&memories)
+    };
+    let one = Arc::new(Memory::with_layout(&[(0x90_0000, 0x1000)]).unwrap());
+    share(&[&memory]).unwrap();
+    assert!(share(&[&memory, &one]).unwrap_err().to_string().contains("4 regions to share; the back-end takes 3"));
+    share(&[&one]).unwrap();
+    share(&[&one, &one]).unwrap();
+    assert_eq!(Arc::strong_count(&memory), 1, "the front-end holds what it does not share");
+    let (slots, add, remove) = ((36, 0), (37, 1), (38, 0));
     drop(frontend);
-    let (add, remove, slots) = ((37, 1), (38, 0), (36, 0));
-    let expected = [slots, add, add, add, slots, remove, remove, remove, add, slots];
+    let expected = [slots, add, add, add, slots, slots, remove, remove, remove, add, slots];
     assert_eq!(peer.join().unwrap(), expected);
 }
 
@@ -405,7 +413,7 @@ fn scripted_queue(
     frontend.handshake(Frontend::SUPPORTED).unwrap();
     frontend.set_features(FEATURES).unwrap();
     let memory = Arc::new(Memory::new(1 << 20).unwrap());
-    frontend.share(&memory).unwrap();
+    frontend.share(std::slice::from_ref(&memory)).unwrap();
     let queue = Queue::new(frontend, memory, 0, QueueOptions { size, base: 0, indirect }).unwrap();
     queue.start().unwrap();
     (queue, peer)
@@ -654,7 +662,7 @@ fn connect(queues: u16, protocol: ProtocolFeatures) -> (Arc<Frontend>, Echo) {
 fn start(frontend: &Arc<Frontend>, index: u8, features: u64, options: QueueOptions) -> Queue {
     frontend.set_features(features).unwrap();
     let memory = Arc::new(Memory::with_layout(&[(0x10_0000, 1 << 20), (0x20_0000, 1 << 20)]).unwrap());
-    frontend.share(&memory).unwrap();
+    frontend.share(std::slice::from_ref(&memory)).unwrap();
     let queue = Queue::new(frontend.clone(), memory, index, options).unwrap();
     queue.start().unwrap();
     frontend.set_driver_ok().unwrap();
@@ -786,16 +794,17 @@ fn configuration_is_read_written_and_announced() {
 
 #[test]
 fn memory_is_replaced_while_a_queue_runs() {
-    for protocol in [Frontend::SUPPORTED.without(ProtocolFeatures::CONFIGURE_MEM_SLOTS), ProtocolFeatures::REPLY_ACK] {
+    for protocol in [Frontend::SUPPORTED, ProtocolFeatures::REPLY_ACK] {
         let (frontend, _echo) = connect(1, protocol);
         frontend.set_features(FEATURES).unwrap();
         let memory = Arc::new(Memory::new(1 << 20).unwrap());
-        frontend.share(&memory).unwrap();
+        frontend.share(std::slice::from_ref(&memory)).unwrap();
         let queue = Queue::new(frontend.clone(), memory.clone(), 0, OPTIONS).unwrap();
         queue.start().unwrap();
         for _ in 0..10 {
             let token = queue.submit(&[b"ab"], &[2]).unwrap();
-            frontend.share(&memory).unwrap();
+            let more = Arc::new(Memory::with_layout(&[(0x1000, 0x1000)]).unwrap());
+            frontend.share(&[memory.clone(), more]).unwrap();
             assert_eq!(queue.wait(Some(token), soon()).unwrap().data, b"ba");
         }
     }
