@@ -1,7 +1,7 @@
 """Boot a real Linux with vhost-user devices attached, and run commands in it.
 
     with Rng().start("/tmp/rng.sock"), Uml([("/tmp/rng.sock", DeviceId.RNG)]) as guest:
-        print(guest.run("head -c 16 /dev/hwrng | xxd").text)
+        print(guest.run("head -c 16 /dev/hwrng | od -x").text)
 
 `Uml` is User-Mode Linux: a kernel that is an ordinary program, sees the host's files and boots in a fifth of a second.
 `Qemu` is an emulated PC with Debian's own kernel: seconds to boot, but another front end and another kernel.
@@ -29,7 +29,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 __all__ = ["CommandFailed", "CommandTimeout", "GuestError", "GuestNotFound", "Qemu", "Result", "Uml", "find_kernel"]
 
@@ -72,11 +72,12 @@ run() {
 part() {
     dd if="$1" bs=65536 skip="$2" count=1 2>/dev/null | head -c "$3" | cat >&3
 }
+echo >&3
 """
 
-# A serial line of User-Mode Linux stays silent for ever once a buffer of its was full: the 4096 bytes of its input, or the
-# socket that its output goes to. So both directions go in parts, the next one on request. A character of a command takes
-# up to five bytes in quotes.
+# A serial line of User-Mode Linux stays silent for ever once a buffer of its was full: the 4096 bytes of its input, or
+# the socket that its output goes to. So both directions go in parts, the next one on request. A character of a command
+# takes up to five bytes in quotes.
 _COMMAND_PART = 600
 _OUTPUT_PART = 65536  # also in the prelude
 
@@ -125,14 +126,12 @@ def find_kernel() -> Path:
         GuestNotFound: there is none.
     """
     if chosen := os.environ.get("VHOST_USER_UML"):
-        if not os.access(chosen, os.X_OK):
-            raise GuestNotFound(f"{chosen}: VHOST_USER_UML names it, but there is no program")
-        return Path(chosen)
+        return _program(chosen, "VHOST_USER_UML has to name a User-Mode Linux kernel")
     return _newest_build("uml-*/linux")
 
 
 class Guest(ABC):
-    """What `Uml` and `Qemu` share: a life, and a shell to run commands in. Use it in a ``with``, or `start` and `stop` it."""
+    """What `Uml` and `Qemu` share: a life, and a shell to run commands in. Goes in a ``with``, or `start` it."""
 
     def __init__(self, extra_args: Sequence[str], boot_timeout: float) -> None:
         self.extra_args = list(extra_args)
@@ -156,7 +155,7 @@ class Guest(ABC):
             raise GuestError("the guest is already running: stop it first")
         self._machine = _Machine(self._command_line)
         try:
-            self._greet()
+            self._machine.greet(self.boot_timeout)
         except BaseException:
             self.kill()
             raise
@@ -165,8 +164,9 @@ class Guest(ABC):
     def run(self, command: str, *, timeout: float = 30, check: bool = True) -> Result:
         """Run `command` in the guest with its /bin/sh, as root, and wait for its end.
 
-        It starts in /run, a tmpfs, with an empty standard input and only PATH, HOME, LANG and TMPDIR in its environment.
-        A process that it leaves in the background lives on; what that prints later is lost. Threads take turns.
+        It starts in /run, a tmpfs, with an empty standard input and no more than PATH, HOME, LANG and TMPDIR in its
+        environment. A process that it leaves in the background lives on; what that prints later is lost. Threads take
+        turns.
 
         Args:
             command: a shell script, of any number of lines.
@@ -176,13 +176,13 @@ class Guest(ABC):
         Raises:
             CommandFailed: the exit status is not 0, unless `check` is false.
             CommandTimeout: the command was killed at its deadline. The guest goes on.
-            GuestError: the guest ended, or hangs; `kill` it then.
+            GuestError: the guest ended, or hangs. It takes no more commands then: `stop` it.
         """
         if "\0" in command:
             raise ValueError("a command cannot contain a null character")
         timeout = math.ceil(timeout)
         with self._lock:
-            machine = self._running_machine()
+            machine = self._idle_machine()
             started = time.monotonic()
             # The guest keeps the deadline, so that it outlives the command. Only a command that cannot be killed, since
             # a driver waits for its device, makes us lose patience with the guest.
@@ -193,7 +193,8 @@ class Guest(ABC):
             machine.send(f"run {timeout}\n".encode())
             status, out, err = map(int, machine.read_until(b"\n").split())
             late = status == 128 + signal.SIGKILL and time.monotonic() - started >= timeout
-            result = Result(command, status, self._read_file(".stdout", out), self._read_file(".stderr", err))
+            result = Result(command, status, machine.read_file(".stdout", out), machine.read_file(".stderr", err))
+            machine.doing = ""
         if late:
             raise CommandTimeout(f"{command!r} was killed after {timeout} s", result, machine.log())
         if check and status != 0:
@@ -201,21 +202,30 @@ class Guest(ABC):
         return result
 
     def reboot(self) -> None:
-        """Reboot the guest, and return once it takes commands again. The process, and what it is connected to, stays."""
+        """Reboot the guest, and return once it takes commands again. Its process stays, and so do its connections."""
         with self._lock:
-            self._running_machine().send(b"reboot -f\n")
-            self._greet()
+            machine = self._idle_machine()
+            machine.expect("going down for a reboot", within=10)
+            machine.send(b"reboot -f\n")
+            machine.greet(self.boot_timeout)
 
     def stop(self, timeout: float = 10) -> bool:
         """Power off, so that the drivers let go of their devices. What is not off after `timeout` seconds is killed.
 
-        Returns whether the guest went by itself; also when it was not running.
+        A guest that did not come back from a command, because it hangs or the command was interrupted, is killed at
+        once. Returns whether the guest went by itself, which it also did when it is not running.
         """
         machine = self._machine
         if machine is None:
             return True
-        off = machine.power_off(timeout)
-        self.kill()
+        deadline = time.monotonic() + timeout
+        others_are_done = self._lock.acquire(timeout=timeout)
+        try:
+            off = others_are_done and not machine.doing and machine.power_off(deadline - time.monotonic())
+        finally:
+            self.kill()
+            if others_are_done:
+                self._lock.release()
         return off
 
     def kill(self) -> None:
@@ -237,29 +247,17 @@ class Guest(ABC):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
-    def _running_machine(self) -> _Machine:
+    def _idle_machine(self) -> _Machine:
         if self._machine is None:
             raise GuestError("the guest is not running: start it first")
+        if self._machine.doing:
+            raise GuestError(f"the guest did not come back from {self._machine.doing}: stop it")
         return self._machine
-
-    def _read_file(self, name: str, size: int) -> bytes:
-        machine = self._running_machine()
-        content = b""
-        for number, start in enumerate(range(0, size, _OUTPUT_PART)):
-            part = min(size - start, _OUTPUT_PART)
-            machine.expect("printing what a command left", within=30)
-            machine.send(f"part {name} {number} {part}\n".encode())
-            content += machine.read(part)
-        return content
-
-    def _greet(self) -> None:
-        machine = self._running_machine()
-        machine.expect("booting", within=self.boot_timeout)
-        machine.read_until(_GREETING)
-        machine.send(_PRELUDE)
 
 
 class Uml(Guest):
@@ -272,8 +270,8 @@ class Uml(Guest):
         devices: socket, virtio device id and optionally the platform id of each device.
         memory: size of the guest's memory, as ``mem=`` of the kernel takes it.
         kernel: default: `find_kernel`.
-        root: the folder that the guest has for its root. It needs the programs of a small Linux: sh, coreutils, mount,
-            busybox.
+        root: the folder that the guest has for its root. It needs /bin/busybox (of Debian's busybox-static), /bin/sh
+            and /usr/bin/timeout.
         extra_args: more kernel parameters, such as ``time-travel``.
         boot_timeout: seconds until the guest has to take commands.
     """
@@ -295,12 +293,14 @@ class Uml(Guest):
         self.root = root
 
     def _command_line(self, channel: int, directory: Path) -> list[str]:
+        root = Path(self.root).absolute()
+        _program(root / "bin/busybox", "the guest's init: apt-get install busybox-static")
         return [
-            str(self.kernel or find_kernel()),
+            str(_program(self.kernel, "it was given as the kernel") if self.kernel else find_kernel()),
             f"mem={self.memory}",
             f"uml_dir={directory}",
             "rootfstype=hostfs",
-            f"rootflags={Path(self.root).absolute()}",
+            f"rootflags={root}",
             "ro",
             "con=null",
             "con0=null,fd:2",
@@ -320,28 +320,32 @@ class Uml(Guest):
     def _parameter(path: StrPath, device_id: int, platform_id: int | None = None) -> str:
         path = _existing_socket(path)
         if any(character in ': "' for character in path):
-            raise ValueError(f"{path}: the kernel parameter virtio_uml.device= has no way to write a colon, blank or quote")
+            raise ValueError(
+                f"{path}: the kernel parameter virtio_uml.device= has no way to write a colon, blank or quote"
+            )
         return f"virtio_uml.device={path}:{int(device_id)}" + ("" if platform_id is None else f":{platform_id}")
 
 
 class Qemu(Guest):
-    """A PC that QEMU emulates, with Debian's kernel and busybox, and with `devices` attached. Needs no privilege, nor KVM.
+    """A PC that QEMU emulates, with Debian's kernel and busybox, and `devices` attached. Needs no privilege and no KVM.
 
     Args:
         devices: socket, virtio device id and optionally more properties of QEMU's device, such as ``"num-queues=4"``.
         memory: size of the guest's memory, as ``-m`` of QEMU takes it.
         cpus: number of processors.
-        reconnect: seconds after which QEMU tries again to connect to a device that is gone; 0: never. Without it, a
-            device that is not there when QEMU starts is an error.
+        reconnect: seconds after which QEMU tries again to connect to a disk that is gone; 0: never. With its other
+            devices QEMU does not get along when they come back, or come late.
         files: folder with what `guest/build qemu` made; default: the newest.
         extra_args: more of QEMU's arguments.
         boot_timeout: seconds until the guest has to take commands.
     """
 
+    DISK = 2
+
     # The device models of QEMU. An id that has none gets the generic one, for which QEMU has to be told the numbers of
     # queues and of bytes of configuration space: as a property, or here.
-    MODELS = {
-        2: "vhost-user-blk-pci",
+    MODELS: ClassVar = {
+        DISK: "vhost-user-blk-pci",
         3: "vhost-user-test-device-pci,virtio-id=3,num_vqs=2,config_size=12",
         4: "vhost-user-rng-pci",
         17: "vhost-user-rtc-pci",
@@ -376,13 +380,14 @@ class Qemu(Guest):
         files = Path(self.files) if self.files else _newest_build("qemu-*/vmlinuz").parent
         command = [
             f"{files}/qemu-system-x86_64",
-            *"-nodefaults -no-user-config -display none -machine q35 -accel tcg,thread=multi -cpu max".split(),
-            *("-smp", str(self.cpus)),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus)),
             # A vhost-user device maps the guest's memory: it has to be a file that can be shared.
             *("-m", self.memory),
             *("-object", f"memory-backend-memfd,id=memory,size={self.memory},share=on", "-numa", "node,memdev=memory"),
             *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initramfs"),
-            *("-append", f'console=ttyS0 panic=-1 -- sh -c "{_LISTEN}"'),
+            *("-append", f'console=ttyS0 -- sh -c "{_LISTEN}"'),
+            *("-device", "pvpanic-pci"),  # a panic ends QEMU
             *("-chardev", "stdio,id=log,signal=off", "-device", "isa-serial,chardev=log"),
             *("-chardev", f"socket,id=channel,fd={channel}", "-device", "isa-serial,chardev=channel"),
         ]
@@ -392,7 +397,7 @@ class Qemu(Guest):
 
     def _device(self, name: str, path: StrPath, device_id: int, properties: str = "") -> list[str]:
         chardev = f"socket,id={name},path={os.path.abspath(path).replace(',', ',,')}"
-        if self.reconnect:
+        if self.reconnect and device_id == self.DISK:
             chardev += f",reconnect-ms={self.reconnect * 1000}"
         else:
             _existing_socket(path)
@@ -421,15 +426,23 @@ class _Machine:
             )
             owned.callback(_end, self.process)
             theirs.close()
-            self._received = bytearray()
-            self._doing = ""
+            self.doing = ""  # what the guest is busy with, or was when it hung or we were interrupted
             self._deadline = 0.0
+            self._received = bytearray()
+            self._last_log = ""
             # Also when this object is collected and when the interpreter ends: a forgotten guest does not stay.
             self._release = weakref.finalize(self, owned.pop_all().close)
 
+    def greet(self, timeout: float) -> None:
+        self.expect("booting", within=timeout)
+        self.read_until(_GREETING)
+        self.send(_PRELUDE)
+        self.read_until(b"\n")
+        self.doing = ""
+
     def expect(self, doing: str, *, within: float) -> None:
-        """What we wait for from here on, for the messages of errors, and how many seconds it may take."""
-        self._doing = doing
+        """From here on the guest is busy with that, for so many seconds at most."""
+        self.doing = doing
         self._deadline = time.monotonic() + within
 
     def send(self, data: bytes) -> None:
@@ -447,7 +460,18 @@ class _Machine:
         del self._received[:size]
         return data
 
+    def read_file(self, name: str, size: int) -> bytes:
+        content = b""
+        for number, start in enumerate(range(0, size, _OUTPUT_PART)):
+            part = min(size - start, _OUTPUT_PART)
+            self._deadline = time.monotonic() + 30
+            self.send(f"part {name} {number} {part}\n".encode())
+            content += self.read(part)
+        return content
+
     def log(self) -> str:
+        if self._log.closed:
+            return self._last_log
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace").replace("\r\n", "\n")
 
@@ -456,18 +480,21 @@ class _Machine:
         self.expect("powering off", within=timeout)
         with suppress(GuestError):
             self.send(b"exit\n")
+        # Popen.wait would take the number of the process group away from us, see _end.
         pidfd = os.pidfd_open(self.process.pid)
         try:
-            return bool(select.select([pidfd], [], [], timeout)[0])
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            return bool(ended.poll(timeout * 1000))
         finally:
             os.close(pidfd)
 
     def end(self) -> str:
         """Kill what is left, and return the log."""
         _end(self.process)
-        log = self.log()
+        self._last_log = self.log()
         self._release()
-        return log
+        return self._last_log
 
     def _receive(self) -> None:
         data = self._answer(lambda: self._channel.recv(1 << 20))
@@ -485,7 +512,7 @@ class _Machine:
             raise self._failure("ended") from None
 
     def _failure(self, verb: str) -> GuestError:
-        return GuestError(_story(f"the guest {verb} while {self._doing}", kernel=self.log()))
+        return GuestError(_story(f"the guest {verb} while {self.doing}", kernel=self.log()))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -507,10 +534,16 @@ def _existing_socket(path: StrPath) -> str:
     return path
 
 
+def _program(path: StrPath, purpose: str) -> Path:
+    if not os.access(path, os.X_OK):
+        raise GuestNotFound(f"{path}: no such program; {purpose}")
+    return Path(path)
+
+
 def _newest_build(pattern: str) -> Path:
     """The newest of the files that `guest/build` leaves in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vhost-user"
-    builds = sorted(cache.glob(pattern), key=lambda path: path.stat().st_mtime)
+    builds = sorted(cache.glob(pattern), key=lambda path: path.parent.stat().st_mtime)
     if not builds:
         raise GuestNotFound(f"{cache}/{pattern}: no such guest kernel; `make guest` in the project's source builds it")
     return builds[-1]
@@ -520,6 +553,6 @@ def _story(headline: str, /, **sections: str) -> str:
     """`headline`, and the last lines of each section that has any."""
     story = headline
     for title, text in sections.items():
-        if lines := text.strip().splitlines()[-20:]:
+        if lines := text.strip().splitlines()[-40:]:
             story += f"\n--- {title}\n" + "\n".join(lines)
     return story

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_long_command_arrives(any_guest: Guest) -> None:
 
 
 def test_output_is_not_touched_on_its_way(any_guest: Guest) -> None:
-    command = "i=0; while [ $i -lt 256 ]; do printf \"\\\\$(printf %o $i)\"; i=$((i + 1)); done; printf end >&2"
+    command = 'i=0; while [ $i -lt 256 ]; do printf "\\\\$(printf %o $i)"; i=$((i + 1)); done; printf end >&2'
     result = any_guest.run(command)
     assert (result.stdout, result.stderr) == (bytes(range(256)), b"end")
 
@@ -100,13 +101,9 @@ def test_a_process_in_the_background_neither_delays_nor_disturbs(uml: Uml) -> No
 
 
 def test_threads_take_turns(uml: Uml) -> None:
-    answers: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda n=n: answers.update({n: uml.run(f"echo {n}").text})) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == {number: str(number) for number in range(4)}
+    with ThreadPoolExecutor() as threads:
+        answers = threads.map(lambda number: uml.run(f"echo {number}").text, range(8))
+    assert list(answers) == [str(number) for number in range(8)]
 
 
 def test_the_log_has_the_kernel_messages(any_guest: Guest) -> None:
@@ -164,11 +161,12 @@ def test_stop_powers_off() -> None:
 def test_stop_kills_a_guest_that_hangs(scratch: Path) -> None:
     with Uml() as hanging:
         pid = hanging.pid
-        threading.Thread(target=lambda: pytest.raises(GuestError, hanging.run, "sleep 1000")).start()
-        time.sleep(0.5)
-        started = time.monotonic()
-        assert not hanging.stop(timeout=1)
-        assert time.monotonic() - started < 5
+        with ThreadPoolExecutor() as threads:
+            command = threads.submit(hanging.run, "sleep 1000", timeout=1000)
+            time.sleep(0.5)
+            assert not hanging.stop(timeout=1)
+            with pytest.raises(GuestError, match="the guest ended while running 'sleep 1000'"):
+                command.result(timeout=5)
     assert processes_of(pid) == []
     assert list(scratch.iterdir()) == []
 
@@ -190,9 +188,14 @@ def test_kill_leaves_nothing(kind: type[Uml | Qemu], scratch: Path) -> None:
 
 
 def test_a_guest_that_dies_is_an_error_that_shows_its_last_words() -> None:
-    with Uml() as dying:
-        with pytest.raises(GuestError, match=r"the guest ended while running 'echo(.|\n)*--- kernel\n(.|\n)*last words"):
-            dying.run("echo last words >/dev/kmsg; busybox poweroff -f; sleep 10")
+    story = r"the guest ended while running 'echo(.|\n)*--- kernel\n(.|\n)*last words"
+    with Uml() as dying, pytest.raises(GuestError, match=story):
+        dying.run("echo last words >/dev/kmsg; busybox poweroff -f; sleep 10")
+
+
+def test_a_panic_is_an_error_that_shows_it() -> None:
+    with Qemu() as panicking, pytest.raises(GuestError, match=r"the guest ended while running(.|\n)*Kernel panic"):
+        panicking.run("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger", timeout=20)
 
 
 def test_a_guest_ends_with_the_program_that_started_it(scratch: Path) -> None:
@@ -206,22 +209,33 @@ def test_a_guest_ends_with_the_program_that_started_it(scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
 
 
-def test_a_guest_survives_ctrl_c_and_ends_with_the_with() -> None:
-    def interrupt() -> None:
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+def test_a_guest_does_not_outlive_a_program_that_is_killed(scratch: Path) -> None:
+    program = "from vhost_user.guest import Uml; uml = Uml().start(); print(uml.pid, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while processes_of(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_of(pid) == []
+    assert [left.name[:17] for left in scratch.iterdir()] == ["vhost-user-guest-"], "an empty folder is all that stays"
 
+
+def test_ctrl_c_ends_the_guest() -> None:
     with Uml() as interrupted:
         pid = interrupted.pid
-        threading.Thread(target=interrupt).start()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            interrupted.run("sleep 2")
+            interrupted.run("sleep 1000", timeout=1000)
+        with pytest.raises(GuestError, match="the guest did not come back from running 'sleep 1000': stop it"):
+            interrupted.run("true")
     assert processes_of(pid) == []
 
 
 def test_a_kernel_that_does_not_boot(scratch: Path) -> None:
     with pytest.raises(GuestError, match=r"the guest ended while booting\n--- kernel\n(.|\n)*Kernel panic"):
-        Uml(root=scratch / "nothing").start()
+        Uml(extra_args=["rootfstype=ext4"]).start()
     assert list(scratch.iterdir()) == []
 
 
@@ -240,9 +254,19 @@ def test_a_missing_kernel_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
         Qemu().start()
 
 
+def test_a_kernel_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(GuestNotFound, match="/linux: no such program"):
+        Uml(kernel=tmp_path / "linux").start()
+
+
+def test_a_root_without_an_init(tmp_path: Path) -> None:
+    with pytest.raises(GuestNotFound, match="apt-get install busybox-static"):
+        Uml(root=tmp_path).start()
+
+
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     for kind in (Uml, Qemu):
-        with pytest.raises(GuestError, match="rng.sock: no device listens there; start it before the guest"):
+        with pytest.raises(GuestError, match=r"rng\.sock: no device listens there; start it before the guest"):
             kind([(tmp_path / "rng.sock", 4)]).start()
 
 
