@@ -11,8 +11,8 @@ WHEEL_ENVIRONMENT := target/wheel-environment
 PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
     python3-venv util-linux xxd xz-utils
 
-# Cargo and maturin agree on the interpreter: a change of it would build everything again.
-export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+# In a folder of its own: maturin sets PyO3 up in another way, and each would make the other build everything again.
+CLIPPY := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --target-dir target/clippy --locked --all-targets
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -30,8 +30,8 @@ test: $(EXTENSION) guest ## all tests: of the core, of the package, and of real 
 
 lint: $(EXTENSION) ## formatting, clippy, ruff, mypy, the stubs against the module, the workflows
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- --deny warnings
-	cargo clippy --locked --all-targets --features python -- --deny warnings
+	$(CLIPPY) -- --deny warnings
+	$(CLIPPY) --features python -- --deny warnings
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -42,11 +42,11 @@ lint: $(EXTENSION) ## formatting, clippy, ruff, mypy, the stubs against the modu
 
 guest: uml qemu ## the kernels that the tests boot; the first time takes ten minutes
 
-wheel: $(TOOLS) ## a wheel for this machine, built from the source distribution and tested in an empty environment
+wheel: $(TOOLS) ## the wheels for this machine, built from the source distribution and tested in an empty environment
 	rm -rf dist
-	$(BIN)/maturin build --release --locked --sdist --interpreter $(BIN)/python --out dist
+	$(BIN)/maturin build --release --locked --sdist --interpreter $(BIN)/python --interpreter python3.14t --out dist
 	$(PYTHON) -m venv --clear $(WHEEL_ENVIRONMENT)
-	$(WHEEL_ENVIRONMENT)/bin/pip install --no-index dist/*.whl
+	$(WHEEL_ENVIRONMENT)/bin/pip install --no-index dist/*-abi3-*.whl
 	$(WHEEL_ENVIRONMENT)/bin/python tests/packaging/wheel.py
 
 clean: ## remove what was made here; the guests stay in ~/.cache/vhost-user
