@@ -15,13 +15,13 @@ use super::vring::Vring;
 use crate::error::{Error, RingError};
 use crate::memory::{Snapshot, faults_seen};
 use crate::protocol::{
-    Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable, Payload, ProtocolFeatures, Rings,
-    SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+    Answer, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable, Payload, ProtocolFeatures,
+    Rings, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
 };
 use crate::transport::{Connection, Frame, Received};
 use crate::virtqueue::{RingAddresses, RingOptions};
 
-/// How long the front-end may take to read a reply.
+/// How long the front-end may take to read a reply that its socket has no room for.
 const SEND_DEADLINE: Duration = Duration::from_secs(3);
 
 /// How long a driver that takes a queue away without GET_VRING_BASE waits for requests in flight. User-Mode Linux
@@ -31,6 +31,9 @@ const QUIESCE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long the end of a session waits for requests in flight, so that a front-end that comes back finds each one
 /// either finished or untouched.
 const END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Messages that are handled before others get their turn.
+const BATCH: usize = 64;
 
 /// How often somebody is told that GET_VRING_BASE is still waiting.
 const DRAIN_REMINDER: Duration = Duration::from_secs(5);
@@ -114,6 +117,13 @@ struct Waiting {
     then: Then,
 }
 
+/// A front-end that does not read what we say: nothing more is read from it until it does.
+#[derive(Debug)]
+struct Stalled {
+    deadline: Instant,
+    timer: u64,
+}
+
 /// A connection with a front-end.
 #[derive(Debug)]
 pub struct Session {
@@ -130,6 +140,7 @@ pub struct Session {
     /// Which queues the device was told of as started.
     started: Vec<bool>,
     waiting: Option<Waiting>,
+    stalled: Option<Stalled>,
     /// Queues that were started and should be looked at without waiting for a kick.
     ready: VecDeque<u16>,
     faults: u64,
@@ -160,14 +171,26 @@ impl Session {
             protocol_features: ProtocolFeatures::default(),
             status: 0,
             waiting: None,
+            stalled: None,
             ready: VecDeque::new(),
             faults: faults_seen(),
         })
     }
 
-    /// The socket is readable: handle every message that is there.
-    pub fn on_readable(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
-        while self.waiting.is_none() {
+    /// The socket is ready: finish what was to be said, and handle messages that are there.
+    pub fn on_ready(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        if self.is_ending() {
+            return Ok(Flow::Continue);
+        }
+        match self.connection.flush() {
+            Ok(true) => self.unstall(),
+            Ok(false) => return Ok(Flow::Continue),
+            Err(error) => return self.end(hooks, Some(error)),
+        }
+        for _ in 0..BATCH {
+            if self.waiting.is_some() || self.stalled.is_some() {
+                break;
+            }
             match self.connection.try_receive() {
                 Ok(Received::Incomplete) => return Ok(Flow::Continue),
                 Ok(Received::Closed) => return self.end(hooks, None),
@@ -185,6 +208,13 @@ impl Session {
 
     /// Something that the session may wait for has happened, or its timer is due.
     pub fn resume(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        if self.stalled.as_ref().is_some_and(|stalled| stalled.deadline <= Instant::now()) {
+            let error = Error::Timeout(format!(
+                "the front-end has read none of our answers for {} seconds",
+                SEND_DEADLINE.as_secs()
+            ));
+            return self.end(hooks, Some(error));
+        }
         let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };
         let busy: Vec<u16> = waiting.queues.iter().copied().filter(|queue| !self.vring(*queue).drain()).collect();
         let now = Instant::now();
@@ -213,9 +243,9 @@ impl Session {
         if let Err(error) = result {
             return self.end(hooks, Some(error));
         }
-        self.watch_connection(true);
+        self.watch_connection();
         self.settle(hooks);
-        self.on_readable(hooks)
+        self.on_ready(hooks)
     }
 
     /// End the session for a reason of ours, after requests in flight are done.
@@ -492,7 +522,7 @@ impl Session {
         let deadline = deadline.map(|after| since + after);
         let timer = self.events.add_timer(deadline.unwrap_or(since + DRAIN_REMINDER));
         self.waiting = Some(Waiting { queues, since, deadline, timer, then });
-        self.watch_connection(false);
+        self.watch_connection();
         Ok(Done::Answered)
     }
 
@@ -537,6 +567,7 @@ impl Session {
         if let Some(waiting) = self.waiting.take() {
             self.events.cancel_timer(waiting.timer);
         }
+        self.unstall();
         self.events.forget(&self.connection);
         let queues = self.active_queues();
         for queue in self.all_queues() {
@@ -575,9 +606,10 @@ impl Session {
         }
     }
 
-    /// Nothing is read from the front-end while it waits for us.
-    fn watch_connection(&self, readable: bool) {
-        let interest = Interest { readable, writable: false };
+    /// Nothing is read from the front-end while it waits for us, or we for it.
+    fn watch_connection(&self) {
+        let writable = self.stalled.is_some();
+        let interest = Interest { readable: self.waiting.is_none() && !writable, writable };
         if let Err(error) = self.events.change(&self.connection, Token::Session, interest) {
             log::error!("{error}");
         }
@@ -634,21 +666,32 @@ impl Session {
 
     // --- Answers ----------------------------------------------------------------------------------------------------
 
-    fn reply(&self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
+    fn reply(&mut self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
         let mut bytes = Vec::new();
         payload.encode(&mut bytes);
         log::debug!("-> {} ({} bytes)", request.name(), bytes.len());
-        self.connection.send(request as u32, Flags::ANSWER, &bytes, &[], Instant::now() + SEND_DEADLINE)?;
+        if !self.connection.try_send(request as u32, Flags::ANSWER, &bytes)? && self.stalled.is_none() {
+            let deadline = Instant::now() + SEND_DEADLINE;
+            self.stalled = Some(Stalled { deadline, timer: self.events.add_timer(deadline) });
+            self.watch_connection();
+        }
         Ok(Done::Answered)
     }
 
+    fn unstall(&mut self) {
+        if let Some(stalled) = self.stalled.take() {
+            self.events.cancel_timer(stalled.timer);
+            self.watch_connection();
+        }
+    }
+
     /// Answer whoever asked for it, whether or not REPLY_ACK was negotiated: QEMU and User-Mode Linux count on that.
-    fn acknowledge(&self, request: FrontendRequest, need_reply: bool, status: u64) -> Result<(), Error> {
+    fn acknowledge(&mut self, request: FrontendRequest, need_reply: bool, status: u64) -> Result<(), Error> {
         if need_reply { self.reply(request, U64(status)).map(drop) } else { Ok(()) }
     }
 
     /// Refuse one message: by an answer if one is expected, by closing the connection if there is no other way to say it.
-    fn refuse(&self, request: FrontendRequest, need_reply: bool, error: Error) -> Result<(), Error> {
+    fn refuse(&mut self, request: FrontendRequest, need_reply: bool, error: Error) -> Result<(), Error> {
         if !matches!(error, Error::Refused { .. }) {
             return Err(error);
         }
@@ -656,7 +699,12 @@ impl Session {
             log::warn!("{error}");
             return self.reply(request, Empty).map(drop);
         }
-        if need_reply && request.info().answer == crate::protocol::Answer::Ack {
+        let has_own_reply = match request.info().answer {
+            Answer::Ack => false,
+            Answer::Reply(_) => true,
+            Answer::ReplyWith(feature, _) => self.protocol_features.contains(feature),
+        };
+        if need_reply && !has_own_reply {
             log::warn!("refused: {error}");
             return self.acknowledge(request, true, 1);
         }

@@ -370,7 +370,7 @@ impl<'py> Turn<'_, 'py> {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Ready { token: Token::Session, .. } => {
-                self.with_session(|session, hooks| session.on_readable(hooks));
+                self.with_session(|session, hooks| session.on_ready(hooks));
             }
             Event::Ready { token: Token::Queue(queue), .. } => {
                 self.with_session(|session, hooks| {

@@ -605,7 +605,7 @@ impl Echo {
                 for event in happened.drain(..) {
                     match event {
                         backend::Event::Ready { token: Token::Session, .. } => {
-                            flow = session.on_readable(&mut hooks).unwrap_or(Flow::Ended);
+                            flow = session.on_ready(&mut hooks).unwrap_or(Flow::Ended);
                         }
                         backend::Event::Ready { token: Token::Queue(queue), .. } => session.on_kick(queue, &mut hooks),
                         _ => {}

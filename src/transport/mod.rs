@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketType, recvmsg, sendmsg, sockopt,
+    SendAncillaryMessage, SendFlags, SocketType, recvmsg, send, sendmsg, sockopt,
 };
 
 use crate::error::Error;
@@ -55,6 +55,8 @@ pub struct Connection {
     received: usize,
     descriptors: Vec<OwnedFd>,
     defect: Option<String>,
+    /// What the socket has had no room for yet.
+    unsent: Vec<u8>,
 }
 
 impl Connection {
@@ -73,6 +75,7 @@ impl Connection {
             received: 0,
             descriptors: Vec::new(),
             defect: None,
+            unsent: Vec::new(),
         })
     }
 
@@ -121,7 +124,28 @@ impl Connection {
         }
     }
 
-    /// Send a message in one sendmsg; what does not fit at once follows without the descriptors.
+    /// Send a message in one sendmsg, without waiting; what does not fit is left for [`flush`](Self::flush). Returns
+    /// whether everything was sent.
+    pub fn try_send(&mut self, request: u32, flags: Flags, payload: &[u8]) -> Result<bool, Error> {
+        Header { request, flags, size: payload.len() as u32 }.encode(&mut self.unsent);
+        self.unsent.extend_from_slice(payload);
+        self.flush()
+    }
+
+    /// Send what is left of earlier messages, without waiting. Returns whether everything was sent.
+    pub fn flush(&mut self) -> Result<bool, Error> {
+        while !self.unsent.is_empty() {
+            match send(&self.socket, &self.unsent, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(count) => drop(self.unsent.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(errno) => return Err(send_error(errno)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Send a message in one sendmsg, with descriptors; what does not fit at once follows without the descriptors.
     pub fn send(
         &self,
         request: u32,
@@ -145,10 +169,7 @@ impl Connection {
                 Ok(count) => sent += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => wait_for(self.socket.as_fd(), PollFlags::OUT, deadline)?,
-                Err(Errno::PIPE | Errno::CONNRESET) => {
-                    return Err(Error::Closed("the peer closed the connection before it read everything".to_owned()));
-                }
-                Err(errno) => return Err(Error::os("sending a message")(errno)),
+                Err(errno) => return Err(send_error(errno)),
             }
         }
         Ok(())
@@ -203,6 +224,15 @@ impl Connection {
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+fn send_error(errno: Errno) -> Error {
+    match errno {
+        Errno::PIPE | Errno::CONNRESET => {
+            Error::Closed("the peer closed the connection before it read everything".to_owned())
+        }
+        errno => Error::os("sending a message")(errno),
     }
 }
 
