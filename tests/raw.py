@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import mmap
 import os
 import select
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +158,12 @@ class Channel:
 
     def send_bytes(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         sent = socket.send_fds(self.socket, [data], list(descriptors)) if descriptors else self.socket.send(data)
-        self.socket.sendall(data[sent:])
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
+
+    def wait_until_read(self) -> None:
+        """Wait until the peer has read everything that was sent: what follows comes in another read."""
+        wait_until(lambda: fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4), "the peer reads")
 
     def receive(self) -> Message:
         """The next message, whatever it is.
