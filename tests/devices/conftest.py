@@ -5,20 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import EXAMPLES, Boot, Example, Program, Serve, wait_for
 
 import vhost_user as vu
+from devices.running import EXAMPLES, Boot, Example, Program, wait_for
+from specimens import Serve
 from vhost_user.guest import Uml
 
 
+@pytest.fixture(autouse=True)
+def forget_logged_exceptions(level: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """They keep the frames that they went through, and with them the device, which `level` would find."""
+    yield
+    caplog.get_records("call").clear()
+
+
 @pytest.fixture
-def boot(serve: Serve, caplog: pytest.LogCaptureFixture) -> Iterator[Boot]:
+def boot(serve: Serve) -> Iterator[Boot]:
     """Serve devices, and boot User-Mode Linux with them, until the end of the test."""
     with contextlib.ExitStack() as guests:
 
@@ -26,8 +35,6 @@ def boot(serve: Serve, caplog: pytest.LogCaptureFixture) -> Iterator[Boot]:
             return guests.enter_context(Uml([(serve(device), device.device_id) for device in devices]))
 
         yield start
-    # A logged exception keeps the frames that it went through, and with them the device that `serve` looks for.
-    caplog.get_records("call").clear()
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
-    """Run files in examples/ until the end of the test."""
+    """Run files in examples/ until the end of the test, when they get a Ctrl-C."""
     with contextlib.ExitStack() as running:
 
         def run(name: str) -> tuple[Path, subprocess.Popen[str]]:
@@ -62,7 +69,7 @@ def program(tmp_path: Path) -> Iterator[Program]:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
             running.enter_context(process)
-            running.callback(process.kill)
+            running.callback(process.send_signal, signal.SIGINT)
             wait_for(path.exists)
             return path, process
 

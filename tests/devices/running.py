@@ -8,13 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import vhost_user as vu
 from vhost_user.guest import Uml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-#: Serves a device, and returns its socket.
-Serve = Callable[[vu.Device], Path]
 #: Serves devices, and boots a guest with them.
 Boot = Callable[..., Uml]
 #: The names that a file in examples/ defines.

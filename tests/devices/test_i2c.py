@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from running import Boot, Program
 
 import vhost_user as vu
+from devices.running import Boot, Program
 from vhost_user.devices import Tmp102, i2c
 from vhost_user.guest import Guest, Uml
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 
-from running import Boot, Program, Serve
-
 import vhost_user as vu
+from devices.running import Boot, Program
+from specimens import Serve
 from vhost_user.devices import Rng
 from vhost_user.guest import Uml
 
