@@ -174,11 +174,12 @@ class Server:
         self._endpoint = endpoint
         self._once = once
         self._ready = threading.Event()
+        self._ended = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"vhost-user {type(device).__name__}", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if not self._thread.is_alive() or self._failure:
+        if self._failure or self._ended.is_set():
             self.wait()
         # A daemon thread must not be caught inside the core when the interpreter goes away.
         atexit.register(self.stop)
@@ -191,7 +192,7 @@ class Server:
     @property
     def running(self) -> bool:
         """Whether the device is still being served."""
-        return self._thread.is_alive()
+        return not self._ended.is_set()
 
     def stop(self) -> None:
         """Stop serving, after requests in flight are done. From any thread but the device's own.
@@ -199,9 +200,9 @@ class Server:
         Raises:
             BaseException: whatever ended the thread before, if anything did.
         """
-        while self._thread.is_alive():
+        while self.running:
             self.device.stop()
-            self._thread.join(0.05)
+            self._ended.wait(0.05)
         self.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -210,9 +211,10 @@ class Server:
         Raises:
             BaseException: whatever ended the thread, if it did not end well.
         """
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        # Not Thread.join(): Python 3.11 takes a thread for dead once an exception, such as Ctrl-C, has ended its join().
+        if not self._ended.wait(timeout):
             return False
+        self._thread.join()
         atexit.unregister(self.stop)
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -237,4 +239,5 @@ class Server:
         except BaseException as error:
             self._failure = error
         finally:
+            self._ended.set()
             self._ready.set()
