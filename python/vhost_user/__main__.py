@@ -1,0 +1,7 @@
+"""``python -m vhost_user`` is ``vhost-user``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

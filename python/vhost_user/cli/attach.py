@@ -1,0 +1,95 @@
+"""What to paste into the command line of a virtual machine, so that it uses a device."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..ids import DeviceId
+
+if TYPE_CHECKING:
+    from ..device import Device
+
+#: QEMU's model of a device type. Every other type gets the generic one.
+MODELS = {
+    DeviceId.BLOCK: "vhost-user-blk-pci",
+    DeviceId.RNG: "vhost-user-rng-pci",
+    DeviceId.SCSI: "vhost-user-scsi-pci",
+    DeviceId.RTC: "vhost-user-rtc-pci",
+    DeviceId.INPUT: "vhost-user-input-pci",
+    DeviceId.VSOCK: "vhost-user-vsock-pci",
+    DeviceId.SOUND: "vhost-user-snd-pci",
+    DeviceId.FS: "vhost-user-fs-pci",
+    DeviceId.I2C_ADAPTER: "vhost-user-i2c-pci",
+    DeviceId.GPIO: "vhost-user-gpio-pci",
+    DeviceId.SPI: "vhost-user-spi-pci",
+}
+GENERIC = "vhost-user-test-device-pci"
+
+#: The device types that QEMU 11.1 has heard of. With any other, it aborts as soon as it makes the device.
+KNOWN = {*range(1, 14), *range(16, 42), DeviceId.SPI}
+
+#: What the memory of a QEMU guest has to be for any vhost-user device: a file that another process can map.
+MEMORY = ["-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-numa", "node,memdev=mem"]
+
+
+def instructions(device: Device, *, listening: Path | None = None, connecting: Path | None = None) -> str:
+    """How a front-end gets to `device`, which listens at a path, or connects to one, or has a socket without a name."""
+    name = type(device).__name__
+    if listening is not None:
+        return (
+            f"{name} is served at {listening}; Ctrl-C ends it. To attach it:\n"
+            f"  QEMU             {qemu(device, listening)}\n"
+            f"  User-Mode Linux  {user_mode_linux(device, listening)}"
+        )
+    if connecting is not None:
+        return (
+            f"{name} is connected at {connecting}; Ctrl-C ends it. The front-end there may be:\n"
+            f"  QEMU             {qemu(device, connecting, server=True)}"
+        )
+    return f"{name} is served at the inherited socket; Ctrl-C ends it."
+
+
+def qemu(device: Device, path: Path, *, server: bool = False) -> str:
+    """The arguments of QEMU, for a shell: shared memory, the socket, and the device model; or why there are none."""
+    if device.device_id not in KNOWN:
+        return f"(has no name for devices of type {int(device.device_id)}, and refuses them)"
+    chardev = type(device).__name__.lower()
+    # QEMU splits at commas, and takes a doubled one for itself.
+    socket = f"socket,id={chardev},path={_absolute(path).replace(',', ',,')}" + (",server=on" * server)
+    if device.device_id == DeviceId.NET:
+        model = ["-netdev", f"vhost-user,id=net0,chardev={chardev}", "-device", "virtio-net-pci,netdev=net0"]
+    else:
+        model = ["-device", f"{_model(device)},chardev={chardev}"]
+    return shlex.join([*MEMORY, "-chardev", socket, *model])
+
+
+def user_mode_linux(device: Device, path: Path) -> str:
+    """The kernel parameter of User-Mode Linux, or why there is none."""
+    socket = _absolute(path)
+    if any(character in ': "' for character in socket):
+        return "(its kernel parameter has no way to write a colon, blank or quote: choose another path)"
+    return f"virtio_uml.device={socket}:{int(device.device_id)}"
+
+
+def _model(device: Device) -> str:
+    """The model with the properties that it cannot find out from the device."""
+    if device.device_id not in MODELS:
+        model = f"{GENERIC},virtio-id={int(device.device_id)},num_vqs={len(device.queues)}"
+        return f"{model},config_size={device._layout.size}" if device._layout.size else model
+    model = MODELS[DeviceId(device.device_id)]
+    match device.device_id:
+        case DeviceId.BLOCK:
+            # Otherwise it wants as many as the guest has processors, and fails if the device has fewer.
+            return f"{model},num-queues={len(device.queues)}"
+        case DeviceId.SCSI:
+            return f"{model},num_queues={len(device.queues) - 2}"
+        case DeviceId.FS:
+            return f"{model},tag=shared,num-request-queues={len(device.queues) - 1}"
+    return model
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)
