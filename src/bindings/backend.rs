@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::exceptions::{PyBaseException, PyIndexError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -487,7 +487,7 @@ impl<'py> Turn<'_, 'py> {
         if let Err(error) = handler.call1(self.py, (&request,)) {
             self.backend.vrings[usize::from(queue)].count_error();
             let fatal = is_fatal(self.py, &error);
-            self.tell("request_failed", (queue, &request, error.value(self.py)));
+            self.tell("request_failed", (queue, &request, with_traceback(self.py, &error)));
             if fatal {
                 self.fatal.get_or_insert(error);
             }
@@ -533,7 +533,7 @@ impl<'py> Turn<'_, 'py> {
         if is_fatal(self.py, &error) {
             self.fatal.get_or_insert(error);
         } else {
-            let value = error.value(self.py);
+            let value = with_traceback(self.py, &error);
             let reported = self.backend.runtime.bind(self.py).call_method1("callback_failed", (what, value));
             if let Err(second) = reported {
                 second.write_unraisable(self.py, None);
@@ -575,6 +575,11 @@ impl Hooks for Turn<'_, '_> {
     fn device_reset(&mut self) {
         self.tell("device_reset", ());
     }
+}
+
+/// The exception object of an error. Python 3.11 keeps the traceback apart until somebody puts them together.
+fn with_traceback(py: Python<'_>, error: &PyErr) -> Py<PyBaseException> {
+    error.clone_ref(py).into_value(py)
 }
 
 fn is_fatal(py: Python<'_>, error: &PyErr) -> bool {
