@@ -106,7 +106,7 @@ class QueueArray(Queue):
     def count_for(self, device: Device) -> int:
         if isinstance(self.count, int):
             return self.count
-        count = getattr(device, self.count)
+        count = getattr(device, self.count, None)
         if not isinstance(count, int) or count < 0:
             raise DeclarationError(f"{type(device).__name__}.{self.count} is {count!r}; it must be a number of queues")
         return count

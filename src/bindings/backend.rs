@@ -10,6 +10,7 @@ use pyo3::exceptions::{PyBaseException, PyIndexError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use pyo3::{PyTraverseError, PyVisit};
 
 use super::errors::{self, to_python};
 use super::request::Request;
@@ -281,6 +282,23 @@ impl Backend {
             VringStatus::Running => "running",
             VringStatus::Broken => "broken",
         })
+    }
+
+    /// A device that keeps a watch or a timer makes a cycle: device, watch, this, runtime, device.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.runtime)?;
+        self.handlers.iter().flatten().try_for_each(|handler| visit.call(handler))?;
+        // Whoever has a lock now is using this object: missing what it keeps only makes it live longer.
+        if let Ok(watchers) = self.watchers.try_lock() {
+            watchers.values().try_for_each(|callback| visit.call(callback))?;
+        }
+        if let Ok(timers) = self.timers.try_lock() {
+            timers.values().try_for_each(|callback| visit.call(callback))?;
+        }
+        if let Ok(soon) = self.soon.try_lock() {
+            soon.iter().try_for_each(|callback| visit.call(callback))?;
+        }
+        Ok(())
     }
 
     /// Counters of a queue, by name.
