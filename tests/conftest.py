@@ -46,8 +46,6 @@ def level(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     if belongings(tmp_path) - before:
         # Records keep the tracebacks of failed handlers, and those keep devices and requests.
         caplog.get_records("call").clear()
-        # Twice: the first time finds what kept an object of the extension, which is unknown to the collector.
-        gc.collect()
         gc.collect()
     assert belongings(tmp_path) - before == set()
 
