@@ -7,6 +7,7 @@
 
 mod features;
 mod header;
+mod layout;
 mod payload;
 mod requests;
 #[cfg(test)]
@@ -14,6 +15,7 @@ pub(crate) mod tests;
 
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use header::{Flags, HEADER_SIZE, Header, MAX_DESCRIPTORS, MAX_PAYLOAD};
+pub use layout::{Field, Layout, Shape, Value};
 pub use payload::{
     Config, CryptoSession, DeviceState, Empty, Ignored, Inflight, Iotlb, Log, LogBase, MemoryTable, Payload, Region,
     ShmemConfig, ShmemMap, SingleRegion, U64, Uuid, VringAddress, VringArea, VringDescriptor, VringState,

@@ -2,10 +2,18 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::layout::{Field, Shape, Shaped, fields, only, total};
+
 /// A payload type: its bytes, and what the validator asks of every message.
 pub trait Payload: Sized {
     /// Name of the structure, for the documentation's table.
     const NAME: &'static str;
+
+    /// What is where in it, for those who show it.
+    const FIELDS: &'static [Field];
+
+    /// What is where in it when it has exactly that many bytes.
+    const OTHER_FIELDS: Option<(usize, &'static [Field])> = None;
 
     /// Decode exactly the bytes that came; the error says what was expected.
     fn decode(bytes: &[u8]) -> Result<Self, String>;
@@ -24,11 +32,12 @@ pub trait Payload: Sized {
 }
 
 macro_rules! fixed_payload {
-    ($name:ident, $size:literal $(, queue: $queue:expr)? $(, descriptors: $descriptors:expr)?) => {
-        const _: () = assert!(size_of::<$name>() == $size);
+    ($name:ident, $size:literal, $fields:expr $(, queue: $queue:expr)? $(, descriptors: $descriptors:expr)?) => {
+        const _: () = assert!(size_of::<$name>() == $size && total($name::FIELDS) == $size);
 
         impl Payload for $name {
             const NAME: &'static str = stringify!($name);
+            const FIELDS: &'static [Field] = $fields;
 
             fn decode(bytes: &[u8]) -> Result<Self, String> {
                 Self::read_from_bytes(bytes)
@@ -55,6 +64,7 @@ macro_rules! fixed_payload {
 /// A payload that is too large to be moved around by value.
 impl<T: Payload> Payload for Box<T> {
     const NAME: &'static str = T::NAME;
+    const FIELDS: &'static [Field] = T::FIELDS;
 
     fn decode(bytes: &[u8]) -> Result<Self, String> {
         T::decode(bytes).map(Self::new)
@@ -71,6 +81,7 @@ pub struct Empty;
 
 impl Payload for Empty {
     const NAME: &'static str = "Empty";
+    const FIELDS: &'static [Field] = &[];
 
     fn decode(bytes: &[u8]) -> Result<Self, String> {
         if bytes.is_empty() { Ok(Self) } else { Err(format!("expected no payload, got {} bytes", bytes.len())) }
@@ -85,6 +96,7 @@ pub struct Ignored;
 
 impl Payload for Ignored {
     const NAME: &'static str = "Ignored";
+    const FIELDS: &'static [Field] = &[];
 
     fn decode(_bytes: &[u8]) -> Result<Self, String> {
         Ok(Self)
@@ -96,7 +108,7 @@ impl Payload for Ignored {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct U64(pub u64);
-fixed_payload!(U64, 8);
+fixed_payload!(U64, 8, &[only("value", 8, Shape::Unsigned)]);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -104,7 +116,7 @@ pub struct VringState {
     pub index: u32,
     pub num: u32,
 }
-fixed_payload!(VringState, 8, queue: |state| state.index);
+fixed_payload!(VringState, 8, fields!(VringState: index, num), queue: |state| state.index);
 
 /// User addresses of the three parts of a ring. `used` comes before `avail`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -118,7 +130,7 @@ pub struct VringAddress {
     pub avail: u64,
     pub log: u64,
 }
-fixed_payload!(VringAddress, 40, queue: |address| address.index);
+fixed_payload!(VringAddress, 40, fields!(VringAddress: index, flags, descriptors, used, avail, log), queue: |address| address.index);
 
 /// The body of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -127,6 +139,7 @@ pub struct VringDescriptor(pub u64);
 
 impl VringDescriptor {
     const NO_DESCRIPTOR: u64 = 1 << 8;
+    const PARTS: &'static [(&'static str, u64)] = &[("index", 0xff), ("no_descriptor", Self::NO_DESCRIPTOR)];
 
     #[must_use]
     pub fn new(queue: u8, with_descriptor: bool) -> Self {
@@ -140,9 +153,13 @@ impl VringDescriptor {
     }
 }
 // The bits above the index and the flag are zero in every known front end; a set one makes the index out of range.
-fixed_payload!(VringDescriptor, 8,
+fixed_payload!(VringDescriptor, 8, &[only("", 8, Shape::Bits(VringDescriptor::PARTS))],
     queue: |body| u32::try_from(body.0 & !Self::NO_DESCRIPTOR).unwrap_or(u32::MAX),
     descriptors: |body| usize::from(body.has_descriptor()));
+
+impl Shaped for VringDescriptor {
+    const SHAPE: Shape = Shape::Bits(Self::PARTS);
+}
 
 /// A piece of guest memory that the front-end shares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -156,7 +173,11 @@ pub struct Region {
     /// Where it begins in the file that came with it.
     pub file_offset: u64,
 }
-fixed_payload!(Region, 32);
+fixed_payload!(Region, 32, fields!(Region: guest_address, size, user_address, file_offset));
+
+impl Shaped for Region {
+    const SHAPE: Shape = Shape::Structure(Self::FIELDS);
+}
 
 /// SET_MEM_TABLE: a whole address space, one descriptor for each region.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -170,6 +191,11 @@ impl MemoryTable {
 
 impl Payload for MemoryTable {
     const NAME: &'static str = "MemoryTable";
+    const FIELDS: &'static [Field] = &[
+        only("count", 4, Shape::Unsigned),
+        Field { name: "padding", offset: 4, size: 4, shape: Shape::Padding },
+        Field { name: "regions", offset: 8, size: 0, shape: Shape::Structures(Region::FIELDS) },
+    ];
 
     fn decode(bytes: &[u8]) -> Result<Self, String> {
         let Some((head, rest)) = bytes.split_at_checked(8) else {
@@ -207,7 +233,7 @@ pub struct SingleRegion {
     pub padding: u64,
     pub region: Region,
 }
-fixed_payload!(SingleRegion, 40);
+fixed_payload!(SingleRegion, 40, fields!(SingleRegion: padding, region));
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -215,7 +241,7 @@ pub struct Log {
     pub size: u64,
     pub offset: u64,
 }
-fixed_payload!(Log, 16);
+fixed_payload!(Log, 16, fields!(Log: size, offset));
 
 /// SET_LOG_BASE: a shared file with LOG_SHMFD, an address that means nothing to another process without it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,6 +252,8 @@ pub enum LogBase {
 
 impl Payload for LogBase {
     const NAME: &'static str = "LogBase";
+    const FIELDS: &'static [Field] = Log::FIELDS;
+    const OTHER_FIELDS: Option<(usize, &'static [Field])> = Some((8, &[only("address", 8, Shape::Unsigned)]));
 
     fn decode(bytes: &[u8]) -> Result<Self, String> {
         match bytes.len() {
@@ -257,7 +285,7 @@ pub struct Iotlb {
     pub kind: u8,
     pub padding: [u8; 6],
 }
-fixed_payload!(Iotlb, 32);
+fixed_payload!(Iotlb, 32, fields!(Iotlb: iova, size, user_address, permission, kind, padding));
 
 /// GET_CONFIG and SET_CONFIG, in both directions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -275,6 +303,12 @@ impl Config {
 
 impl Payload for Config {
     const NAME: &'static str = "Config";
+    const FIELDS: &'static [Field] = &[
+        only("offset", 4, Shape::Unsigned),
+        Field { name: "size", offset: 4, size: 4, shape: Shape::Unsigned },
+        Field { name: "flags", offset: 8, size: 4, shape: Shape::Unsigned },
+        Field { name: "bytes", offset: Self::HEAD, size: 0, shape: Shape::Bytes },
+    ];
 
     fn decode(bytes: &[u8]) -> Result<Self, String> {
         let Some((head, data)) = bytes.split_at_checked(Self::HEAD) else {
@@ -300,7 +334,7 @@ pub struct VringArea {
     pub size: u64,
     pub offset: u64,
 }
-fixed_payload!(VringArea, 24,
+fixed_payload!(VringArea, 24, fields!(VringArea: queue, size, offset),
     queue: |area| area.queue.queue().unwrap_or(u32::MAX),
     descriptors: |area| area.queue.described_descriptors());
 
@@ -313,12 +347,12 @@ pub struct Inflight {
     pub queue_size: u16,
     pub padding: u32,
 }
-fixed_payload!(Inflight, 24);
+fixed_payload!(Inflight, 24, fields!(Inflight: size, offset, queues, queue_size, padding));
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Uuid(pub [u8; 16]);
-fixed_payload!(Uuid, 16);
+fixed_payload!(Uuid, 16, &[only("uuid", 16, Shape::Bytes)]);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -328,7 +362,7 @@ pub struct DeviceState {
     /// 0: all rings are stopped.
     pub phase: u32,
 }
-fixed_payload!(DeviceState, 8);
+fixed_payload!(DeviceState, 8, fields!(DeviceState: direction, phase));
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -340,7 +374,7 @@ pub struct ShmemMap {
     pub size: u64,
     pub flags: u64,
 }
-fixed_payload!(ShmemMap, 40);
+fixed_payload!(ShmemMap, 40, fields!(ShmemMap: region, padding, file_offset, region_offset, size, flags));
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -349,7 +383,7 @@ pub struct ShmemConfig {
     pub padding: u32,
     pub sizes: [u64; 256],
 }
-fixed_payload!(ShmemConfig, 2056);
+fixed_payload!(ShmemConfig, 2056, fields!(ShmemConfig: regions, padding, sizes));
 
 /// CREATE_CRYPTO_SESSION. The union in the middle is the device's to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -359,4 +393,4 @@ pub struct CryptoSession {
     pub parameters: [u8; 1056],
     pub session: i64,
 }
-fixed_payload!(CryptoSession, 1072);
+fixed_payload!(CryptoSession, 1072, fields!(CryptoSession: operation, parameters, session));
