@@ -143,6 +143,8 @@ class DeviceQueue:
         self._backlog_limit = declaration.backlog
         self._backlog: deque[bytes] = deque()
         self._backend: Backend | None = None
+        #: The counters of earlier times in which the device was served.
+        self._earlier = QueueStatistics()
         self._buffers = threading.Condition()
 
     @property
@@ -163,7 +165,10 @@ class DeviceQueue:
     @property
     def statistics(self) -> QueueStatistics:
         """Counters of the queue."""
-        return QueueStatistics(**self._backend.statistics(self.index)) if self._backend else QueueStatistics()
+        if self._backend is None:
+            return self._earlier
+        now = self._backend.statistics(self.index)
+        return QueueStatistics(**{name: getattr(self._earlier, name) + count for name, count in now.items()})
 
     def take(self) -> Request | None:
         """The next request, detached, or None if the driver has made none available.
@@ -203,6 +208,7 @@ class DeviceQueue:
         return self._backend is not None and self._backend.push(self.index, data)
 
     def _attach(self, backend: Backend | None) -> None:
+        self._earlier = self.statistics
         self._backend = backend
 
     def _on_buffers(self) -> None:
