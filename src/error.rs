@@ -33,6 +33,10 @@ pub enum Error {
     #[error("{0}")]
     State(String),
 
+    /// Somebody did not want to wait any longer.
+    #[error("interrupted while waiting for the peer")]
+    Interrupted,
+
     #[error("{context}: {source}")]
     Os { context: String, source: io::Error },
 }

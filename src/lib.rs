@@ -28,10 +28,11 @@ pub use error::{Error, RingError};
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::bindings::{Backend, GuestBuffer, Request};
+    use super::bindings::{Backend, Frontend, FrontendQueue, GuestBuffer, Memory, Request};
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
-        super::bindings::connect_logging(module.py())
+        super::bindings::connect_logging(module.py())?;
+        super::bindings::add_tables(module)
     }
 }

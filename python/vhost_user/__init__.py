@@ -5,7 +5,7 @@ QEMU, User-Mode Linux, cloud-hypervisor, crosvm, Firecracker or DPDK connects to
 """
 
 from . import config
-from ._core import Request
+from ._core import Memory, ProtocolFeature, Request, TransportFeature
 from .device import Device
 from .errors import (
     AddressInUse,
@@ -22,6 +22,7 @@ from .errors import (
     StateError,
     VhostUserError,
 )
+from .frontend import Completion, DriverQueue, Event, Frontend
 from .ids import DeviceId
 from .loop import Loop, Timer, Watch
 from .queues import DeviceQueue, Queue, QueueStatistics
@@ -29,14 +30,20 @@ from .server import Server
 
 __all__ = [
     "AddressInUse",
+    "Completion",
     "DeclarationError",
     "Device",
     "DeviceId",
     "DeviceQueue",
+    "DriverQueue",
+    "Event",
+    "Frontend",
     "Loop",
+    "Memory",
     "PeerClosed",
     "PeerTimeout",
     "ProtocolError",
+    "ProtocolFeature",
     "Queue",
     "QueueFull",
     "QueueStatistics",
@@ -49,6 +56,7 @@ __all__ = [
     "Server",
     "StateError",
     "Timer",
+    "TransportFeature",
     "VhostUserError",
     "Watch",
     "config",

@@ -1,6 +1,7 @@
 """The extension module: the protocol, guest memory, rings and the event loop, in Rust."""
 
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any, Protocol, final
 
@@ -168,6 +169,160 @@ class Backend:
     def in_flight(self, queue: int) -> int:
         """Requests that the device has taken from a queue and not completed."""
     def status(self, queue: int) -> str:
-        """"stopped", "disabled", "running" or "broken"."""
+        """ "stopped", "disabled", "running" or "broken"."""
     def statistics(self, queue: int) -> dict[str, int]:
         """Counters of a queue, by name."""
+
+class ProtocolFeature(enum.IntFlag):
+    """What GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES exchange."""
+
+    MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
+    REPLY_ACK = 1 << 3
+    NET_MTU = 1 << 4
+    BACKEND_REQ = 1 << 5
+    CROSS_ENDIAN = 1 << 6
+    CRYPTO_SESSION = 1 << 7
+    PAGEFAULT = 1 << 8
+    CONFIG = 1 << 9
+    BACKEND_SEND_FD = 1 << 10
+    HOST_NOTIFIER = 1 << 11
+    INFLIGHT_SHMFD = 1 << 12
+    RESET_DEVICE = 1 << 13
+    INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM = 1 << 22
+    GET_VRING_BASE_SKIP_DRAIN = 1 << 23
+
+class TransportFeature(enum.IntFlag):
+    """Feature bits that are not a device type's. Virtio 1.3, section 6."""
+
+    NOTIFY_ON_EMPTY = 1 << 24
+    LOG_ALL = 1 << 26
+    ANY_LAYOUT = 1 << 27
+    INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
+    PROTOCOL_FEATURES = 1 << 30
+    VERSION_1 = 1 << 32
+    ACCESS_PLATFORM = 1 << 33
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
+    ORDER_PLATFORM = 1 << 36
+    SR_IOV = 1 << 37
+    NOTIFICATION_DATA = 1 << 38
+    NOTIF_CONFIG_DATA = 1 << 39
+    RING_RESET = 1 << 40
+    ADMIN_VQ = 1 << 41
+
+#: The requests of a front-end, by name.
+REQUESTS: dict[str, int]
+
+@final
+class Memory:
+    """Guest memory that this process makes, in sealed files, to be shared with a back-end.
+
+    Either one region of `size` bytes, or several `regions`, each a guest address and a size in bytes. Addresses and
+    sizes are multiples of 4096. vhost-user specification, "Memory region description".
+
+    Raises:
+        ValueError: neither a size nor regions, or both.
+        StateError: an address or a size is not a multiple of 4096.
+        ProtocolError: regions overlap.
+    """
+
+    def __new__(cls, size: int | None = None, *, regions: Sequence[tuple[int, int]] | None = None) -> Memory: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """Guest address and size of every region."""
+    def read(self, address: int, size: int) -> bytes:
+        """Copy `size` bytes from a guest address.
+
+        Raises:
+            ProtocolError: they are not all in one of the regions, or in adjacent ones.
+        """
+    def write(self, address: int, data: bytes | bytearray) -> None:
+        """Copy `data` to a guest address.
+
+        Raises:
+            ProtocolError: it does not fit in the regions there.
+        """
+    def allocate(self, size: int, alignment: int = 16) -> int:
+        """Take `size` bytes out of what queues and requests use. Returns their guest address.
+
+        They are never given back.
+
+        Raises:
+            StateError: there are no `size` bytes in one piece.
+        """
+    @staticmethod
+    def user_address(address: int) -> int:
+        """By which user address the back-end is told of a guest address: that is what SET_VRING_ADDR takes."""
+
+@final
+class Frontend:
+    """The driver's end of a session. What is behind `vhost_user.Frontend`."""
+
+    def __new__(cls, fd: int, timeout: float) -> Frontend: ...
+    def handshake(self, protocol: int) -> tuple[int, int, int | None]:
+        """Everything up to where the device's features are chosen.
+
+        Returns what the back-end offers: its features, its protocol features, and how many queues it has, if it tells.
+        """
+    def set_features(self, features: int) -> None:
+        """Choose the device's features."""
+    @property
+    def features(self) -> int:
+        """The chosen ones."""
+    @property
+    def protocol_features(self) -> int:
+        """The negotiated ones."""
+    def set_driver_ok(self) -> None:
+        """Tell the device that the driver is ready, if the back-end wants to know."""
+    def set_status(self, status: int) -> None: ...
+    def status(self) -> int: ...
+    def reset(self) -> None: ...
+    def get_config(self, offset: int, size: int) -> bytes: ...
+    def set_config(self, offset: int, data: bytes | bytearray) -> None: ...
+    def share(self, memories: Sequence[Memory]) -> None:
+        """Share these memories, and no others any more."""
+    def next_event(self, timeout: float) -> tuple[str, str] | None:
+        """What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds."""
+    def exchange(self, name: str, payload: bytes | bytearray, descriptors: Sequence[int]) -> bytes | None:
+        """Send any request with any payload at any time. Returns the payload of the answer, None if there is none."""
+    def close(self) -> None:
+        """End the session: whoever waits is told."""
+    def fileno(self) -> int:
+        """The socket to the back-end."""
+
+@final
+class FrontendQueue:
+    """The driver's end of one queue. What is behind `vhost_user.DriverQueue`."""
+
+    def __new__(
+        cls, frontend: Frontend, memory: Memory, index: int, size: int, base: int, indirect: bool
+    ) -> FrontendQueue: ...
+    def start(self) -> None: ...
+    def enable(self, enable: bool) -> None: ...
+    def stop(self) -> int:
+        """Take the queue away from the device. Returns the base."""
+    def kick(self) -> None: ...
+    def submit(self, readable: Sequence[bytes | bytearray], writable: Sequence[int]) -> int:
+        """Returns the number by which :meth:`wait` will name the request."""
+    def wait(self, timeout: float) -> list[tuple[int, bytes]]:
+        """Requests that are done, by number, with what the device wrote.
+
+        At least one, waiting for it up to `timeout` seconds; none if there is none then. Each is returned once.
+        """
+    @property
+    def outstanding(self) -> int:
+        """Requests that the device has and that `wait` has not returned."""
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """User addresses of the descriptor table, the available ring and the used ring."""

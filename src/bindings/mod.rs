@@ -7,10 +7,12 @@
 mod backend;
 mod buffer;
 mod errors;
+mod frontend;
 mod request;
 
 pub use backend::Backend;
 pub use buffer::GuestBuffer;
+pub use frontend::{Frontend, FrontendQueue, Memory, add_tables};
 pub use request::Request;
 
 /// Send the core's log records to Python's `logging`, below the logger "vhost_user".

@@ -172,6 +172,11 @@ impl Queue {
         Ok(answer.num)
     }
 
+    /// Notify the device, whether it wants that or not.
+    pub fn kick(&self) {
+        signal(&self.kick);
+    }
+
     /// Submit a request, and kick the device if it wants to be. Returns the token that its completion will carry.
     ///
     /// `readable` is what the device gets, `writable` the sizes of what it may fill. Parts of no bytes are left out.
@@ -218,6 +223,17 @@ impl Queue {
     #[must_use]
     pub fn call_descriptor(&self) -> BorrowedFd<'_> {
         self.call.as_fd()
+    }
+
+    #[must_use]
+    pub fn frontend(&self) -> &Arc<Frontend> {
+        &self.frontend
+    }
+
+    /// Where the ring is, in user addresses.
+    #[must_use]
+    pub fn addresses(&self) -> RingAddresses {
+        self.addresses
     }
 
     #[must_use]
@@ -382,6 +398,7 @@ impl Queue {
                 Ok(state)
             }
             Err(Error::Timeout(_)) => Err(self.late()),
+            Err(Error::Closed(text)) => Err(Error::Closed(format!("queue {}: {text}", self.index))),
             Err(other) => Err(other),
         }
     }

@@ -1,20 +1,21 @@
 //! One connection to a back-end: requests and their answers, and the requests that the back-end makes itself.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 
 use super::{Memory, lock};
 use crate::error::Error;
 use crate::protocol::{
-    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, Gate, MemoryTable, Payload,
-    ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
+    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable,
+    Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
 };
 use crate::transport::{Connection, Frame, Received};
 
@@ -26,6 +27,9 @@ const FEATURES_OK: u8 = 8;
 /// Events that nobody asked for are kept up to this number; a back-end that sends more loses its channel.
 const MAX_EVENTS: usize = 1024;
 
+/// How often somebody who waits is asked whether to go on.
+const SLICE: Duration = Duration::from_millis(50);
+
 /// The driver's end of a session.
 ///
 /// An answer that is late or makes no sense ends it, because what comes next could not be told apart from what should
@@ -36,6 +40,7 @@ pub struct Frontend {
     /// The socket of `main`, to wait for without taking the lock.
     socket: OwnedFd,
     timeout: Duration,
+    patience: OnceLock<Patience>,
     features: AtomicU64,
     protocol: AtomicU64,
     /// The back-end's memory, kept as long as it may use it.
@@ -44,6 +49,15 @@ pub struct Frontend {
     events: Mutex<VecDeque<Event>>,
     /// Counts `events`.
     event_count: OwnedFd,
+}
+
+/// Whether a wait is to go on.
+struct Patience(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl fmt::Debug for Patience {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Patience")
+    }
 }
 
 #[derive(Debug)]
@@ -102,6 +116,7 @@ impl Frontend {
             main: Mutex::new(Main { connection: Connection::new(socket)?, over: None }),
             socket: again,
             timeout,
+            patience: OnceLock::new(),
             features: AtomicU64::default(),
             protocol: AtomicU64::default(),
             shared: Mutex::default(),
@@ -110,6 +125,25 @@ impl Frontend {
             event_count: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE)
                 .map_err(Error::os("making an eventfd"))?,
         })
+    }
+
+    /// Ask `goes_on` from time to time, on every thread that waits for the back-end, whether it is to wait on.
+    pub fn set_patience(&self, goes_on: impl Fn() -> bool + Send + Sync + 'static) {
+        let first = self.patience.set(Patience(Box::new(goes_on)));
+        debug_assert!(first.is_ok(), "it is set once");
+    }
+
+    /// End the session. Whoever waits for the back-end is told.
+    pub fn close(&self) {
+        // A socket that is not connected any more is closed enough.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        lock(&self.main).over.get_or_insert_with(|| "it was closed on this side".to_owned());
+    }
+
+    /// The socket to the back-end, for those who send what no message is.
+    #[must_use]
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Everything up to where the features of the device are chosen. Of the protocol features that are offered, those
@@ -290,12 +324,24 @@ impl Frontend {
         message: &FrontendMessage,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Option<Vec<u8>>, Error> {
-        let name = message.request().name();
+        let mut payload = Vec::new();
+        message.encode(&mut payload);
+        self.exchange_payload(message.request(), &payload, descriptors)
+    }
+
+    /// The same with a payload that need not make sense.
+    pub fn exchange_payload(
+        &self,
+        request: FrontendRequest,
+        payload: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Option<Vec<u8>>, Error> {
+        let name = request.name();
         let mut main = lock(&self.main);
         if let Some(reason) = &main.over {
             return Err(Error::State(format!("{name}: the session is over ({reason})")));
         }
-        self.talk(&mut main.connection, message, descriptors).map_err(|error| {
+        self.talk(&mut main.connection, request, payload, descriptors).map_err(|error| {
             let error = match error {
                 Error::Framing(text) => Error::Framing(format!("{name}: {text}")),
                 Error::Timeout(text) => Error::Timeout(format!("{name}: {text}")),
@@ -310,10 +356,10 @@ impl Frontend {
     fn talk(
         &self,
         connection: &mut Connection,
-        message: &FrontendMessage,
+        request: FrontendRequest,
+        payload: &[u8],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Option<Vec<u8>>, Error> {
-        let request = message.request();
         let deadline = Instant::now() + self.timeout;
         let acknowledged = self.protocol_features().contains(ProtocolFeatures::REPLY_ACK);
         let (flags, answered) = match request.info().answer {
@@ -322,9 +368,7 @@ impl Frontend {
             Answer::Ack => (Flags::REQUEST, false),
             Answer::Reply(_) | Answer::ReplyWith(..) => (Flags::REQUEST, true),
         };
-        let mut payload = Vec::new();
-        message.encode(&mut payload);
-        connection.send(request as u32, flags, &payload, descriptors, deadline)?;
+        connection.send(request as u32, flags, payload, descriptors, deadline)?;
         if !answered {
             return Ok(None);
         }
@@ -400,9 +444,15 @@ impl Frontend {
             ready.extend(wanted.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)));
             ready.push(PollFd::new(&self.socket, PollFlags::RDHUP));
             ready.extend(channel.iter().map(|channel| PollFd::new(&channel.socket, PollFlags::IN)));
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            let patience = self.patience.get();
+            let slice = if patience.is_some() { left.min(SLICE) } else { left };
+            let timeout = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
             match poll(&mut ready, Some(&timeout)) {
-                Ok(_) | Err(Errno::INTR) => {}
+                Ok(0) | Err(Errno::INTR) => match patience {
+                    Some(Patience(goes_on)) if !goes_on() => return Err(Error::Interrupted),
+                    _ => continue,
+                },
+                Ok(_) => {}
                 Err(errno) => return Err(Error::os("waiting for the back-end")(errno)),
             }
             let is_ready = |at: usize| ready.get(at).is_some_and(|descriptor| !descriptor.revents().is_empty());

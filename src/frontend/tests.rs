@@ -821,6 +821,35 @@ fn any_message_can_be_sent_at_any_time() {
     assert_eq!(frontend.exchange(&FrontendMessage::SetStatus(U64(1)), &[]).unwrap(), Some(vec![0; 8]));
 }
 
+#[test]
+fn whoever_waits_is_told_that_the_session_was_closed() {
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let (queue, peer) = scripted_queue(4, true, move |_, _, _peer| {
+        let _ = held.recv();
+    });
+    let token = queue.submit(&[b"?"], &[]).unwrap();
+    let frontend = Arc::clone(queue.frontend());
+    let waiter = thread::spawn(move || queue.wait(Some(token), soon()).unwrap_err());
+    frontend.close();
+    assert!(matches!(waiter.join().unwrap(), Error::Closed(text) if text.starts_with("queue 0")));
+    let error = frontend.get_features().unwrap_err();
+    assert_eq!(error.to_string(), "GET_FEATURES: the session is over (it was closed on this side)");
+    drop(hold);
+    peer.join().unwrap();
+}
+
+#[test]
+fn a_wait_ends_when_patience_does() {
+    let (frontend, peer) = with_script(Duration::from_secs(60), |mut peer| {
+        peer.receive(1);
+        peer
+    });
+    let asked = AtomicBool::new(false);
+    frontend.set_patience(move || !asked.swap(true, Ordering::Relaxed));
+    assert!(matches!(frontend.get_features(), Err(Error::Interrupted)));
+    peer.join().unwrap();
+}
+
 const _: fn() = || {
     fn is_shared_between_threads<T: Send + Sync>() {}
     is_shared_between_threads::<Frontend>();

@@ -1,0 +1,674 @@
+"""The driver's half: connect to any vhost-user back-end, and be its driver.
+
+    with vu.Frontend.connect("/tmp/rng.sock") as frontend:
+        queue = frontend.negotiate().queue(0)
+        print(queue.submit(writable=16).wait())
+
+Nothing that the back-end does makes a call wait beyond its deadline, or reads outside the memory that it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+from . import _core
+from ._core import Memory, ProtocolFeature, TransportFeature
+from .errors import PeerTimeout, StateError, VhostUserError
+from .queues import Buffer
+from .server import Endpoint, PathLike
+
+#: Seconds that an answer may take, and a request, unless somebody says otherwise.
+TIMEOUT = 5.0
+
+#: Bytes of guest memory, unless somebody says otherwise.
+MEMORY_SIZE = 16 << 20
+
+#: Feature bits of the transport and the rings, and those of them that this driver implements.
+TRANSPORT_FEATURES = (1 << 42) - (1 << 24)
+RING_FEATURES = int(TransportFeature.VERSION_1 | TransportFeature.INDIRECT_DESC | TransportFeature.EVENT_IDX)
+
+#: How long a thread that runs callbacks is kept for more of them.
+LINGER = 1.0
+SLICE = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+class Event(NamedTuple):
+    """What a back-end said unasked, on the channel that it has for that."""
+
+    kind: Literal["config_changed", "refused", "channel_closed"]
+    """The configuration space has changed; or a request could not be served; or there will be no more of them."""
+    detail: str
+    """Why, if it is not the first."""
+
+
+class Frontend:
+    """The driver's end of a connection to a back-end.
+
+    Takes over `connection`, a connected AF_UNIX stream socket. `timeout` is how many seconds the answer to a message
+    may take, and a request, unless one says otherwise. Every method may be called from any thread. Leaving its ``with``
+    block closes it.
+
+    Every method that exchanges messages may raise:
+        PeerTimeout: the answer is late. The session is over: what comes next could not be told apart from it.
+        PeerClosed: the back-end closed the connection.
+        ProtocolError: the answer makes no sense, which ends the session; or the back-end refused the message.
+        StateError: the session is over, or the message needs a feature that was not negotiated.
+    """
+
+    def __init__(self, connection: socket.socket, *, timeout: float = TIMEOUT) -> None:
+        self.timeout = timeout
+        self.offered_features = 0
+        """What the device offers, from :meth:`negotiate` on."""
+        self.offered_protocol = ProtocolFeature(0)
+        """What the back-end offers of the protocol's own features, likewise."""
+        self.queue_count: int | None = None
+        """How many queues the back-end has, if it tells; network devices may count pairs."""
+        self._reopen: Callable[[], socket.socket] | None = None
+        self._open_session: _core.Frontend | None = None
+        self._protocol: ProtocolFeature | None = None
+        self._memories: tuple[Memory, ...] = ()
+        self._queues: dict[int, DriverQueue] = {}
+        self._ready = False
+        self._open_session = _core.Frontend(connection.detach(), timeout)
+
+    @classmethod
+    def connect(cls, path: PathLike, *, timeout: float = TIMEOUT) -> Self:
+        """Connect to a back-end that listens at `path`.
+
+        Raises:
+            OSError: nobody listens there.
+        """
+
+        def open_socket() -> socket.socket:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection.settimeout(timeout)
+                connection.connect(str(path))
+            except OSError as error:
+                connection.close()
+                raise type(error)(error.errno, error.strerror, str(path)) from None
+            return connection
+
+        return cls._opened(open_socket, timeout)
+
+    @classmethod
+    def listen(cls, path: PathLike, *, timeout: float = TIMEOUT) -> Self:
+        """Listen at `path` until a back-end connects, for up to `timeout` seconds.
+
+        Raises:
+            PeerTimeout: none did.
+            AddressInUse: somebody else listens there, or it is not a socket.
+        """
+
+        def open_socket() -> socket.socket:
+            with Endpoint(path=path).open() as (listener, _, _):
+                assert listener is not None
+                if not select.select([listener], [], [], timeout)[0]:
+                    raise PeerTimeout(f"{path}: no back-end connected within {timeout} s")
+                return listener.accept()[0]
+
+        return cls._opened(open_socket, timeout)
+
+    @classmethod
+    def _opened(cls, open_socket: Callable[[], socket.socket], timeout: float) -> Self:
+        frontend = cls(open_socket(), timeout=timeout)
+        frontend._reopen = open_socket
+        return frontend
+
+    # --- The session ------------------------------------------------------------------------------------------------
+
+    def negotiate(self, features: int | None = None, protocol: ProtocolFeature | None = None) -> Self:
+        """Everything up to where queues can be made: agree on features, and open the back-end's channel.
+
+        `features` are those of the device and of the rings, `protocol` those of the protocol: exactly these are
+        accepted, and PROTOCOL_FEATURES where it is offered. By default it is everything that both sides know, and of
+        the features of the device type all that are offered. vhost-user specification, "Communication".
+
+        Raises:
+            StateError: something was asked for that is not offered.
+        """
+        session = self._session
+        everything = (1 << 64) - 1
+        offer = session.handshake(everything if protocol is None else protocol)
+        self.offered_features, self.queue_count = offer[0], offer[2]
+        self.offered_protocol = ProtocolFeature(offer[1])
+        missing = ProtocolFeature(0 if protocol is None else int(protocol) & ~session.protocol_features)
+        if missing:
+            raise StateError(
+                f"{missing!r} is not offered, or not implemented here; {self.offered_protocol!r} is offered"
+            )
+        known = ~TRANSPORT_FEATURES | RING_FEATURES
+        chosen = self.offered_features & known if features is None else int(features)
+        if chosen & ~self.offered_features:
+            raise StateError(
+                f"the features {chosen & ~self.offered_features:#x} are not offered; {self.offered_features:#x} are"
+            )
+        session.set_features(chosen | self.offered_features & TransportFeature.PROTOCOL_FEATURES)
+        return self
+
+    @property
+    def features(self) -> int:
+        """The feature bits that were negotiated."""
+        return self._session.features
+
+    @property
+    def protocol(self) -> ProtocolFeature:
+        """The protocol features that were negotiated."""
+        return ProtocolFeature(self._session.protocol_features)
+
+    def status(self) -> int:
+        """The device status. Virtio 1.3, section 2.1. Needs the protocol feature STATUS."""
+        return self._session.status()
+
+    def set_status(self, status: int) -> None:
+        """Set the device status. :meth:`negotiate` and :meth:`queue` do what a driver usually does."""
+        self._session.set_status(status)
+
+    def reset(self) -> None:
+        """Bring the device back to its initial state, and agree on the same features again.
+
+        Its queues are gone, and requests on them fail: make new ones. Virtio 1.3, section 2.4.
+        """
+        features = self.features
+        self._session.reset()
+        self._end_queues("the device was reset")
+        self._session.set_features(features)
+
+    def reconnect(self) -> None:
+        """Close the connection, open another one in the same way, and agree on the same features.
+
+        Guest memory is shared again, with what is in it. Queues are gone, and requests on them fail: make new ones.
+
+        Raises:
+            StateError: the front-end was made from a socket.
+            OSError: nobody listens there any more.
+        """
+        if self._reopen is None:
+            raise StateError("a front-end that was given its socket cannot open another one")
+        features, protocol, memories = self.features, self.protocol, self._memories
+        self.close()
+        self._memories = ()
+        self._open_session = _core.Frontend(self._reopen().detach(), self.timeout)
+        self.negotiate(features, protocol)
+        if memories:
+            self.share(*memories)
+
+    def exchange(self, request: str, payload: Buffer = b"", descriptors: Sequence[int] = ()) -> bytes | None:
+        """Send any message at any time, as in ``exchange("SET_VRING_NUM", struct.pack("=II", 0, 256))``.
+
+        Returns the payload of the answer, None if the protocol asks for none. Nothing is checked, and what the other
+        methods know of the session does not change. vhost-user specification, "Front-end message types".
+
+        Raises:
+            ValueError: there is no request of this name.
+        """
+        return self._session.exchange(request, bytes(payload), descriptors)
+
+    def close(self) -> None:
+        """Close the connection. Whoever waits for something gets a StateError or PeerClosed."""
+        session, self._open_session = self._open_session, None
+        if session is not None:
+            session.close()
+        self._end_queues("the front-end was closed")
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._open_session is None
+
+    def fileno(self) -> int:
+        """The descriptor of the connection."""
+        return self._session.fileno()
+
+    @property
+    def _session(self) -> _core.Frontend:
+        if self._open_session is None:
+            raise StateError("the front-end was closed")
+        return self._open_session
+
+    # --- Configuration space ----------------------------------------------------------------------------------------
+
+    def read_config(self, size: int, offset: int = 0) -> bytes:
+        """Read `size` bytes of the configuration space, at most 4084. Virtio 1.3, section 2.5."""
+        return self._session.get_config(offset, size)
+
+    def write_config(self, data: Buffer, offset: int = 0) -> None:
+        """Write to the configuration space."""
+        self._session.set_config(offset, bytes(data))
+
+    def next_event(self, timeout: float | None = None) -> Event | None:
+        """What the back-end says unasked: the next of it, or None if there is nothing for `timeout` seconds.
+
+        The back-end's channel is served while somebody waits here, for an answer, or for a request.
+        """
+        event = self._session.next_event(self.timeout if timeout is None else timeout)
+        return Event(*event) if event else None  # type: ignore[arg-type]
+
+    def wait_config_change(self, timeout: float | None = None) -> None:
+        """Wait until the back-end says that the configuration space has changed; other events are passed over.
+
+        A back-end says so only while one of its queues runs.
+
+        Raises:
+            PeerTimeout: it did not say so for `timeout` seconds.
+        """
+        wanted = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + wanted
+        while event := self.next_event(max(0.0, deadline - time.monotonic())):
+            if event.kind == "config_changed":
+                return
+        raise PeerTimeout(f"the back-end announced no change of the configuration within {wanted} s")
+
+    # --- Memory -----------------------------------------------------------------------------------------------------
+
+    def share(self, *memories: Memory) -> None:
+        """Share these memories with the back-end, and no others any more. Queues are put into the first.
+
+        Without a call, 16 MiB are shared with the first queue. With the protocol feature CONFIGURE_MEM_SLOTS only what
+        changed is said, by ADD_MEM_REG and REM_MEM_REG; otherwise it is SET_MEM_TABLE. A queue whose memory is not
+        shared any more breaks: stop it before.
+
+        Raises:
+            StateError: the back-end does not take so many regions.
+        """
+        self._session.share(memories)
+        self._memories = memories
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that queues are put into."""
+        if not self._memories:
+            self.share(Memory(MEMORY_SIZE))
+        return self._memories[0]
+
+    # --- Queues -----------------------------------------------------------------------------------------------------
+
+    def queue(
+        self, index: int, size: int = 256, *, base: int = 0, indirect: bool = True, start: bool = True
+    ) -> DriverQueue:
+        """Make the queue `index`, with `size` descriptors, a power of two up to 32768, and start it.
+
+        It begins at the available index `base`. With `indirect`, requests of several parts are put into indirect tables
+        if INDIRECT_DESC was negotiated.
+
+        Raises:
+            StateError: the queue is there and runs, the size cannot be, or memory is too small.
+        """
+        queue = self._make_queue(index, size, base, indirect)
+        if start:
+            queue.start()
+            self._set_ready()
+        return queue
+
+    def start_queues(self, count: int, size: int = 256) -> list[DriverQueue]:
+        """Make and start the queues 0 to `count` - 1."""
+        queues = [self._make_queue(index, size, 0, True) for index in range(count)]
+        for queue in queues:
+            queue.start()
+        self._set_ready()
+        return queues
+
+    @property
+    def queues(self) -> list[DriverQueue]:
+        """The queues that were made, by index."""
+        return [self._queues[index] for index in sorted(self._queues)]
+
+    def _make_queue(self, index: int, size: int, base: int, indirect: bool) -> DriverQueue:
+        if not 0 <= index < 256:
+            raise StateError(f"vhost-user can name the queues 0 to 255, not {index}")
+        if not 0 < size <= 1 << 15:
+            raise StateError(f"queue {index} cannot have {size} entries; a split ring needs a power of two up to 32768")
+        old = self._queues.get(index)
+        if old is not None:
+            if old.running:
+                raise StateError(f"queue {index} is running; stop it first")
+            old._end(StateError(f"queue {index}: it was made anew"))
+        core = _core.FrontendQueue(self._session, self.memory, index, size, base, indirect)
+        queue = self._queues[index] = DriverQueue(core, index, size, self.timeout)
+        return queue
+
+    def _set_ready(self) -> None:
+        if not self._ready:
+            self._session.set_driver_ok()
+            self._ready = True
+
+    def _end_queues(self, why: str) -> None:
+        queues, self._queues = self._queues, {}
+        self._ready = False
+        for index, queue in queues.items():
+            queue._end(StateError(f"queue {index}: {why}"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open_session", None) is not None:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self._queues)} queues"
+        return f"<{type(self).__name__}, {state}>"
+
+
+class DriverQueue:
+    """The driver's end of a queue: what :meth:`Frontend.queue` makes. Every method may be called from any thread.
+
+    Methods that work on a queue that broke raise the ProtocolError that says why. Virtio 1.3, section 2.7.
+    """
+
+    def __init__(self, core: _core.FrontendQueue, index: int, size: int, timeout: float) -> None:
+        self.index = index
+        self.size = size
+        self.running = False
+        """Whether it was started, and not stopped since."""
+        self.timeout = timeout
+        """Seconds that a request may take, unless :meth:`Completion.wait` says otherwise."""
+        self._open_core: _core.FrontendQueue | None = core
+        self._end_reason = StateError(f"queue {index}: it is gone")
+        #: Guards what follows. It is notified when requests have settled, and when nobody leads any more.
+        self._changed = threading.Condition()
+        self._pending: dict[int, Completion] = {}
+        #: One thread takes in what the device has done; the others wait for it.
+        self._led = False
+        #: Pending requests with callbacks, and the thread that takes in completions for them.
+        self._watched = 0
+        self._watcher: threading.Thread | None = None
+        self._quit = False
+
+    def submit(self, readable: Buffer | Sequence[Buffer] = (), writable: int | Sequence[int] = ()) -> Completion:
+        """Submit a request, and notify the device if it wants that.
+
+        `readable` is what the device may read, `writable` how many bytes it may write: one part each, or several. Each
+        part is one descriptor; parts of no bytes are left out. They are aligned to their size, up to a page.
+
+        Raises:
+            StateError: the request does not fit into the queue or into memory now, or has no bytes at all.
+        """
+        sources = [readable] if isinstance(readable, Buffer) else readable
+        sizes = [writable] if isinstance(writable, int) else writable
+        completion = Completion(self)
+        with self._changed:
+            token = self._ring.submit([bytes(part) for part in sources], sizes)
+            self._pending[token] = completion
+        return completion
+
+    def request(
+        self,
+        readable: Buffer | Sequence[Buffer] = (),
+        writable: int | Sequence[int] = (),
+        timeout: float | None = None,
+    ) -> bytes:
+        """Submit a request, wait until the device has completed it, and return what it wrote."""
+        return self.submit(readable, writable).wait(timeout)
+
+    def start(self) -> None:
+        """Set the queue up, and let the device work on it: from where it stopped, or from its base."""
+        self._ring.start()
+        self.running = True
+
+    def stop(self) -> int:
+        """Take the queue away from the device, which completes what it has begun.
+
+        Returns the base: where it would go on, and where :meth:`start` lets it.
+        """
+        base = self._ring.stop()
+        self.running = False
+        return base
+
+    def enable(self, enable: bool = True) -> None:
+        """Let the device work on the queue, or not, without taking it away."""
+        self._ring.enable(enable)
+
+    def kick(self) -> None:
+        """Notify the device, whether it wants that or not."""
+        self._ring.kick()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the device has not completed, or that nobody has looked at since."""
+        self._wait(lambda: False, 0)
+        return len(self._pending)
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """User addresses of the descriptor table, the available ring and the used ring."""
+        return self._ring.addresses
+
+    @property
+    def _ring(self) -> _core.FrontendQueue:
+        if self._open_core is None:
+            raise self._end_reason
+        return self._open_core
+
+    def _wait(self, settled: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `settled()`, taking in what the device has done. Returns whether it is."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._changed:
+                if settled():
+                    return True
+                left = max(0.0, deadline - time.monotonic())
+                if self._open_core is None:
+                    return False
+                if self._led:
+                    if not left:
+                        return False
+                    self._changed.wait(left)
+                    continue
+                self._led = True
+                core = self._open_core
+            self._lead(core, left)
+            if not left:
+                return settled()
+
+    def _lead(self, core: _core.FrontendQueue, timeout: float) -> None:
+        """Take in what the device does next, and tell everybody."""
+        done: list[tuple[int, bytes]] = []
+        failure: Exception | None = None
+        try:
+            done = core.wait(timeout)
+        except (VhostUserError, OSError) as error:
+            failure = error
+        finally:
+            with self._changed:
+                self._led = False
+                settled = [self._pending.pop(token)._settle(data) for token, data in done if token in self._pending]
+                if failure is not None:
+                    settled += self._fail(failure)
+                self._changed.notify_all()
+        for completion in settled:
+            completion._call_back()
+
+    def _fail(self, error: Exception) -> list[Completion]:
+        """Nothing that is pending will be completed any more."""
+        pending, self._pending = self._pending, {}
+        return [completion._settle(error) for completion in pending.values()]
+
+    def _end(self, reason: StateError) -> None:
+        """The queue is gone."""
+        with self._changed:
+            self._open_core = None
+            self._end_reason = reason
+            self.running = False
+            self._quit = True
+            failed = self._fail(reason)
+            self._changed.notify_all()
+            watcher = self._watcher
+        for completion in failed:
+            completion._call_back()
+        if watcher is not None and watcher is not threading.current_thread():
+            watcher.join()
+
+    def _watch(self) -> None:
+        """There is a pending request with a callback, and maybe nobody who waits. Called with the lock."""
+        self._watched += 1
+        if self._watcher is None:
+            name = f"vhost-user queue {self.index}"
+            self._watcher = threading.Thread(target=self._run_watcher, name=name, daemon=True)
+            self._watcher.start()
+            # A daemon thread must not be caught inside the core when the interpreter goes away.
+            atexit.register(self._quit_watcher)
+        self._changed.notify_all()
+
+    def _run_watcher(self) -> None:
+        while True:
+            self._wait(lambda: self._watched == 0 or self._quit, SLICE)
+            with self._changed:
+                self._changed.wait_for(lambda: self._watched or self._quit, LINGER)
+                if self._quit or not self._watched:
+                    self._watcher = None
+                    break
+        atexit.unregister(self._quit_watcher)
+
+    def _quit_watcher(self) -> None:
+        with self._changed:
+            self._quit = True
+            self._changed.notify_all()
+            watcher = self._watcher
+        if watcher is not None:
+            watcher.join()
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return f"<queue {self.index} of a driver, {state}, {len(self._pending)} requests under way>"
+
+
+class Completion:
+    """A request under way, and what became of it: what :meth:`DriverQueue.submit` returns.
+
+    It can be waited for, awaited, and asked. Those who do so raise what made the request fail:
+        ProtocolError: the device broke the queue.
+        PeerClosed: the back-end closed the connection.
+        StateError: the queue is gone.
+    """
+
+    __slots__ = ("_callbacks", "_outcome", "_queue")
+
+    def __init__(self, queue: DriverQueue) -> None:
+        self._queue = queue
+        self._outcome: bytes | Exception | None = None
+        self._callbacks: list[Callable[[Completion], object]] = []
+
+    def wait(self, timeout: float | None = None) -> bytes:
+        """Wait until the device has completed the request, and return what it wrote.
+
+        Raises:
+            PeerTimeout: it has not, within `timeout` seconds (None: those of the queue). It still may.
+        """
+        queue = self._queue
+        wanted = queue.timeout if timeout is None else timeout
+        if not queue._wait(self._is_settled, wanted) and not self._is_settled():
+            raise PeerTimeout(f"queue {queue.index}: the device did not complete the request within {wanted} s")
+        return self.data
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has completed the request, or never will."""
+        return self._is_settled() or self._queue._wait(self._is_settled, 0)
+
+    @property
+    def data(self) -> bytes:
+        """What the device wrote, which is as long as it says.
+
+        Raises:
+            StateError: it has not completed the request.
+        """
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        if self._outcome is None:
+            raise StateError(f"queue {self._queue.index}: the request is not completed; wait() for it")
+        return self._outcome
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the request failed, if it did."""
+        return self._outcome if isinstance(self._outcome, Exception) else None
+
+    def add_done_callback(self, callback: Callable[[Completion], object]) -> None:
+        """Call `callback(completion)` when the request is done, or at once if it is.
+
+        It is called by the thread that notices, which is one of the queue's own unless somebody waits. What it raises
+        is logged.
+        """
+        queue = self._queue
+        with queue._changed:
+            waits = not self._is_settled()
+            if waits:
+                self._callbacks.append(callback)
+                if len(self._callbacks) == 1:
+                    queue._watch()
+        if not waits:
+            self._call(callback)
+
+    def __await__(self) -> Generator[None, None, bytes]:
+        if not self.done:
+            yield from self._until_done().__await__()
+        return self.data
+
+    async def _until_done(self) -> None:
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+
+        def wake(_: Completion) -> None:
+            # The loop may be closed by now.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(woken.set)
+
+        self.add_done_callback(wake)
+        timeout = self._queue.timeout
+        try:
+            async with asyncio.timeout(timeout):
+                await woken.wait()
+        except TimeoutError:
+            index = self._queue.index
+            raise PeerTimeout(f"queue {index}: the device did not complete the request within {timeout} s") from None
+
+    def _is_settled(self) -> bool:
+        return self._outcome is not None
+
+    def _settle(self, outcome: bytes | Exception) -> Completion:
+        """Called with the queue's lock."""
+        self._outcome = outcome
+        if self._callbacks:
+            self._queue._watched -= 1
+        return self
+
+    def _call_back(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Completion], object]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            logger.exception("queue %d: the callback %r failed", self._queue.index, callback)
+
+    def __repr__(self) -> str:
+        match self._outcome:
+            case None:
+                state = "under way"
+            case bytes(data):
+                state = f"{len(data)} bytes written"
+            case error:
+                state = f"failed: {error}"
+        return f"<Completion on queue {self._queue.index}: {state}>"

@@ -1,0 +1,350 @@
+//! The driver's side: a session, guest memory to share in it, and queues to submit to.
+//!
+//! Whatever may wait, or talks to the back-end, does so without the interpreter: the back-end may be a thread of the
+//! same process.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyDict, PyModule};
+
+use super::errors::to_python;
+use crate::error::Error;
+use crate::frontend::{self, Allocation, Event, QueueOptions};
+use crate::protocol::{FrontendRequest, ProtocolFeatures, VirtioFeatures};
+
+/// The driver's end of a session.
+#[pyclass(frozen, module = "vhost_user._core")]
+pub struct Frontend {
+    core: Arc<frontend::Frontend>,
+    interrupted: Interrupted,
+}
+
+/// What a signal handler raised while somebody waited for the back-end.
+type Interrupted = Arc<Mutex<Option<PyErr>>>;
+
+impl fmt::Debug for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+#[pymethods]
+impl Frontend {
+    #[new]
+    fn new(py: Python<'_>, fd: i32, timeout: f64) -> PyResult<Self> {
+        if fd < 0 {
+            return Err(PyValueError::new_err("a file descriptor is not negative"));
+        }
+        // SAFETY: the caller gives the descriptor away (`socket.detach()`); nobody else will close it.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let core = frontend::Frontend::new(socket, duration(timeout)).map_err(|error| to_python(py, error))?;
+        let interrupted = Interrupted::default();
+        let raised = Arc::clone(&interrupted);
+        core.set_patience(move || {
+            Python::attach(|py| match py.check_signals() {
+                Ok(()) => true,
+                Err(error) => {
+                    *lock(&raised) = Some(error);
+                    false
+                }
+            })
+        });
+        Ok(Self { core: Arc::new(core), interrupted })
+    }
+
+    /// Everything up to where the device's features are chosen. Returns what the back-end offers: its features, its
+    /// protocol features, and how many queues it has, if it tells.
+    fn handshake(&self, py: Python<'_>, protocol: u64) -> PyResult<(u64, u64, Option<u64>)> {
+        let offer = self.run(py, || self.core.handshake(ProtocolFeatures(protocol)))?;
+        Ok((offer.features, offer.protocol.0, offer.queues))
+    }
+
+    fn set_features(&self, py: Python<'_>, features: u64) -> PyResult<()> {
+        self.run(py, || self.core.set_features(features))
+    }
+
+    #[getter]
+    fn features(&self) -> u64 {
+        self.core.features().0
+    }
+
+    #[getter]
+    fn protocol_features(&self) -> u64 {
+        self.core.protocol_features().0
+    }
+
+    fn set_driver_ok(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, || self.core.set_driver_ok())
+    }
+
+    fn set_status(&self, py: Python<'_>, status: u8) -> PyResult<()> {
+        self.run(py, || self.core.set_status(status))
+    }
+
+    fn status(&self, py: Python<'_>) -> PyResult<u8> {
+        self.run(py, || self.core.status())
+    }
+
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, || self.core.reset())
+    }
+
+    fn get_config<'py>(&self, py: Python<'py>, offset: u32, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+        self.run(py, || self.core.get_config(offset, size)).map(|bytes| PyBytes::new(py, &bytes))
+    }
+
+    fn set_config(&self, py: Python<'_>, offset: u32, data: PyBackedBytes) -> PyResult<()> {
+        self.run(py, || self.core.set_config(offset, &data))
+    }
+
+    /// Share these memories, and no others any more.
+    fn share(&self, py: Python<'_>, memories: Vec<Py<Memory>>) -> PyResult<()> {
+        let memories: Vec<_> = memories.iter().map(|memory| Arc::clone(&memory.get().core)).collect();
+        self.run(py, || self.core.share(&memories))
+    }
+
+    /// What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds.
+    fn next_event(&self, py: Python<'_>, timeout: f64) -> PyResult<Option<(&'static str, String)>> {
+        let event = self.run(py, || self.core.next_event(deadline(timeout)))?;
+        Ok(event.map(|event| match event {
+            Event::ConfigChanged => ("config_changed", String::new()),
+            Event::Refused(reason) => ("refused", reason),
+            Event::ChannelClosed(reason) => ("channel_closed", reason),
+        }))
+    }
+
+    /// Send any request with any payload at any time. Returns the payload of the answer, None if there is none.
+    fn exchange<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        payload: PyBackedBytes,
+        descriptors: Vec<i32>,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let row = FrontendRequest::TABLE.iter().find(|row| row.name == name);
+        let request = row.and_then(|row| FrontendRequest::from_id(row.id).ok());
+        let request = request.ok_or_else(|| PyValueError::new_err(format!("there is no request {name:?}")))?;
+        if descriptors.iter().any(|number| *number < 0) {
+            return Err(PyValueError::new_err("a file descriptor is not negative"));
+        }
+        // SAFETY: the caller keeps them open during the call; one that is not open makes sendmsg fail.
+        let borrow = |number: &i32| unsafe { BorrowedFd::borrow_raw(*number) };
+        let answer = self.run(py, || {
+            let descriptors: Vec<_> = descriptors.iter().map(borrow).collect();
+            self.core.exchange_payload(request, &payload, &descriptors)
+        })?;
+        Ok(answer.map(|payload| PyBytes::new(py, &payload)))
+    }
+
+    /// End the session: whoever waits is told.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.core.close());
+    }
+
+    /// The socket to the back-end.
+    fn fileno(&self) -> i32 {
+        self.core.socket().as_raw_fd()
+    }
+}
+
+impl Frontend {
+    /// Do something without the interpreter.
+    fn run<T: Send>(&self, py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
+        py.detach(work).map_err(|error| self.to_python(py, error))
+    }
+
+    fn to_python(&self, py: Python<'_>, error: Error) -> PyErr {
+        match error {
+            Error::Interrupted => lock(&self.interrupted).take().unwrap_or_else(|| to_python(py, Error::Interrupted)),
+            other => to_python(py, other),
+        }
+    }
+}
+
+/// Guest memory that this process makes, to be shared with a back-end.
+#[pyclass(frozen, module = "vhost_user")]
+#[derive(Debug)]
+pub struct Memory {
+    core: Arc<frontend::Memory>,
+    /// What was given out by `allocate`, for as long as the memory lives.
+    given: Mutex<Vec<Allocation>>,
+}
+
+#[pymethods]
+impl Memory {
+    #[new]
+    #[pyo3(signature = (size = None, *, regions = None))]
+    fn new(py: Python<'_>, size: Option<u64>, regions: Option<Vec<(u64, u64)>>) -> PyResult<Self> {
+        let core = match (size, regions) {
+            (Some(size), None) => frontend::Memory::new(size),
+            (None, Some(regions)) => frontend::Memory::with_layout(&regions),
+            _ => return Err(PyValueError::new_err("memory has a size, or regions")),
+        };
+        let core = Arc::new(core.map_err(|error| to_python(py, error))?);
+        Ok(Self { core, given: Mutex::default() })
+    }
+
+    #[getter]
+    fn regions(&self) -> Vec<(u64, u64)> {
+        self.core.regions().map(|(region, _)| (region.guest_address, region.size)).collect()
+    }
+
+    fn read<'py>(&self, py: Python<'py>, address: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+        PyBytes::new_with(py, size, |to| self.core.read(address, to).map_err(|error| to_python(py, error)))
+    }
+
+    fn write(&self, py: Python<'_>, address: u64, data: PyBackedBytes) -> PyResult<()> {
+        self.core.write(address, &data).map_err(|error| to_python(py, error))
+    }
+
+    #[pyo3(signature = (size, alignment = 16))]
+    fn allocate(&self, py: Python<'_>, size: u64, alignment: u64) -> PyResult<u64> {
+        if !alignment.is_power_of_two() {
+            return Err(PyValueError::new_err(format!("an alignment is a power of two, not {alignment}")));
+        }
+        let allocation = self.core.allocate(size, alignment).map_err(|error| to_python(py, error))?;
+        let address = allocation.address();
+        lock(&self.given).push(allocation);
+        Ok(address)
+    }
+
+    #[staticmethod]
+    fn user_address(address: u64) -> u64 {
+        frontend::Memory::user_address(address)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Memory: {}>", self.core.snapshot().describe())
+    }
+}
+
+/// The driver's end of one queue.
+#[pyclass(frozen, module = "vhost_user._core")]
+#[derive(Debug)]
+pub struct FrontendQueue {
+    frontend: Py<Frontend>,
+    core: frontend::Queue,
+}
+
+#[pymethods]
+impl FrontendQueue {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        frontend: Py<Frontend>,
+        memory: &Memory,
+        index: u8,
+        size: u16,
+        base: u16,
+        indirect: bool,
+    ) -> PyResult<Self> {
+        let options = QueueOptions { size, base, indirect };
+        let session = Arc::clone(&frontend.get().core);
+        let core = frontend::Queue::new(session, Arc::clone(&memory.core), index, options);
+        Ok(Self { core: core.map_err(|error| to_python(py, error))?, frontend })
+    }
+
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        self.frontend.get().run(py, || self.core.start())
+    }
+
+    fn enable(&self, py: Python<'_>, enable: bool) -> PyResult<()> {
+        self.frontend.get().run(py, || self.core.enable(enable))
+    }
+
+    fn stop(&self, py: Python<'_>) -> PyResult<u32> {
+        self.frontend.get().run(py, || self.core.stop())
+    }
+
+    fn kick(&self) {
+        self.core.kick();
+    }
+
+    /// Returns the number by which `wait` will name the request.
+    fn submit(&self, py: Python<'_>, readable: Vec<PyBackedBytes>, writable: Vec<usize>) -> PyResult<u64> {
+        let readable: Vec<&[u8]> = readable.iter().map(|part| &**part).collect();
+        self.core.submit(&readable, &writable).map_err(|error| to_python(py, error))
+    }
+
+    /// Requests that are done, by number, with what the device wrote; at least one, waiting for it up to `timeout`
+    /// seconds. None came if there is none then. Every request is returned once.
+    fn wait<'py>(&self, py: Python<'py>, timeout: f64) -> PyResult<Vec<(u64, Bound<'py, PyBytes>)>> {
+        let frontend = self.frontend.get();
+        let done = py.detach(|| {
+            let first = match self.core.poll(None)? {
+                Some(completion) => completion,
+                None if timeout <= 0.0 => return Ok(Vec::new()),
+                None => match self.core.wait(None, deadline(timeout)) {
+                    Err(Error::Timeout(_)) => return Ok(Vec::new()),
+                    other => other?,
+                },
+            };
+            let mut done = vec![first];
+            // A ring that broke says so the next time.
+            while let Ok(Some(completion)) = self.core.poll(None) {
+                done.push(completion);
+            }
+            Ok(done)
+        });
+        let done = done.map_err(|error| frontend.to_python(py, error))?;
+        Ok(done.into_iter().map(|completion| (completion.token, PyBytes::new(py, &completion.data))).collect())
+    }
+
+    #[getter]
+    fn outstanding(&self) -> u16 {
+        self.core.outstanding()
+    }
+
+    /// User addresses of the descriptor table, the available ring and the used ring.
+    #[getter]
+    fn addresses(&self) -> (u64, u64, u64) {
+        let addresses = self.core.addresses();
+        (addresses.descriptors, addresses.avail, addresses.used)
+    }
+}
+
+/// The tables of the protocol, for Python: `ProtocolFeature` and `TransportFeature`, and `REQUESTS`.
+pub fn add_tables(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    let flags = py.import("enum")?.getattr("IntFlag")?;
+    let names = PyDict::new(py);
+    names.set_item("module", "vhost_user._core")?;
+    for (name, table, documentation) in [
+        ("ProtocolFeature", ProtocolFeatures::NAMES, "What GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES exchange."),
+        (
+            "TransportFeature",
+            VirtioFeatures::NAMES,
+            "Feature bits that are not a device type's. Virtio 1.3, section 6.",
+        ),
+    ] {
+        let members: Vec<(&str, u64)> = table.iter().map(|(bit, name)| (*name, 1 << bit)).collect();
+        let class = flags.call((name, members), Some(&names))?;
+        class.setattr("__doc__", documentation)?;
+        module.add(name, class)?;
+    }
+    let requests = PyDict::new(py);
+    for row in FrontendRequest::TABLE {
+        requests.set_item(row.name, row.id)?;
+    }
+    module.add("REQUESTS", requests)
+}
+
+fn deadline(seconds: f64) -> Instant {
+    Instant::now() + duration(seconds)
+}
+
+/// As much as an Instant can take: a century is for ever.
+fn duration(seconds: f64) -> Duration {
+    const FOREVER: f64 = 3.2e9;
+    Duration::try_from_secs_f64(seconds.min(FOREVER)).unwrap_or_default()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
