@@ -194,7 +194,7 @@ impl Request {
         self.lock(py).phase == Phase::Completed || !self.vring.is_current(&self.run)
     }
 
-    #[pyo3(signature = (size = -1, /))]
+    #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
     fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
         let mut state = self.open(py)?;
         let left = state.chain.readable() - state.read;
