@@ -57,7 +57,7 @@ uml qemu: $(TOOLS)
 	$(BIN)/python guest/build $@
 
 $(EXTENSION): $(TOOLS) Cargo.toml Cargo.lock pyproject.toml $(shell find src -name '*.rs')
-	$(BIN)/maturin develop --locked
+	PIP_QUIET=1 $(BIN)/maturin develop --locked
 	touch $@
 
 $(TOOLS): pyproject.toml | packages
