@@ -212,7 +212,7 @@ class Runtime:
         reserved = features & RESERVED_FEATURES
         if reserved:
             raise DeclarationError(
-                f"{self._name}.features has {reserved:#x}: bits 24 to 41 belong to the transport, which sets them itself"
+                f"{self._name}.features has {reserved:#x}: bits 24 to 41 are the transport's, which sets them itself"
             )
         devices_queues = self.queues
         if not devices_queues:

@@ -211,7 +211,7 @@ class Server:
         Raises:
             BaseException: whatever ended the thread, if it did not end well.
         """
-        # Not Thread.join(): Python 3.11 takes a thread for dead once an exception, such as Ctrl-C, has ended its join().
+        # Not Thread.join(): Python 3.11 takes a thread for dead once an exception, say Ctrl-C, has ended its join().
         if not self._ended.wait(timeout):
             return False
         self._thread.join()
