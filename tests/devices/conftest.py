@@ -8,7 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,8 +31,9 @@ def boot(serve: Serve) -> Iterator[Boot]:
     """Serve devices, and boot User-Mode Linux with them, until the end of the test."""
     with contextlib.ExitStack() as guests:
 
-        def start(*devices: vu.Device) -> Uml:
-            return guests.enter_context(Uml([(serve(device), device.device_id) for device in devices]))
+        def start(*devices: vu.Device, extra_args: Sequence[str] = ()) -> Uml:
+            sockets = [(serve(device), device.device_id) for device in devices]
+            return guests.enter_context(Uml(sockets, extra_args=extra_args))
 
         yield start
 
