@@ -198,8 +198,11 @@ class Server:
         """Stop serving, after requests in flight are done. From any thread but the device's own.
 
         Raises:
+            StateError: this is the device's own thread, which cannot wait for itself, but may call `Device.stop`.
             BaseException: whatever ended the thread before, if anything did.
         """
+        if threading.current_thread() is self._thread:
+            raise StateError("the device's own thread cannot wait for the device's end; call Device.stop() instead")
         while self.running:
             self.device.stop()
             self._ended.wait(0.05)
