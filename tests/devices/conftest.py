@@ -19,13 +19,6 @@ from specimens import Serve
 from vhost_user.guest import Uml
 
 
-@pytest.fixture(autouse=True)
-def forget_logged_exceptions(level: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """They keep the frames that they went through, and with them the device, which `level` would find."""
-    yield
-    caplog.get_records("call").clear()
-
-
 @pytest.fixture
 def boot(serve: Serve) -> Iterator[Boot]:
     """Serve devices, and boot User-Mode Linux with them, until the end of the test."""
