@@ -12,7 +12,6 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from . import queues
@@ -213,24 +212,21 @@ class Runtime:
         reserved = features & RESERVED_FEATURES
         if reserved:
             raise DeclarationError(
-                f"{self._name}.features has {reserved:#x}: bits 24 to 41 are the transport's, which sets them itself"
+                f"{self._name}.features has {reserved:#x}: bits 24 to 41 belong to the transport, which sets them"
             )
         devices_queues = self.queues
         if not devices_queues:
             raise DeclarationError(f"{self._name} declares no queue: write `requestq = vu.Queue()` in the class")
         if len(devices_queues) > 256:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
-        sizes = [queues.MAX_SIZE] * len(devices_queues)
-        limits = [queue.max_request for queue in devices_queues]
-        return Backend(self, sizes, limits, self._bound_handlers(), features, bytes(self.config.space))
-
-    def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
-        """What takes the requests of each queue."""
-        return [
-            self._handler(self.device._handlers.get(declaration))
-            for declaration in self.device._queues
+        handlers = [
+            self._handler(device._handlers.get(declaration))
+            for declaration in device._queues
             for _ in self.queues_of(declaration)
         ]
+        sizes = [queues.MAX_SIZE] * len(devices_queues)
+        limits = [queue.max_request for queue in devices_queues]
+        return Backend(self, sizes, limits, handlers, features, bytes(self.config.space))
 
     def _handler(self, name: str | None) -> Callable[[Request], object] | None:
         if name is None:
@@ -266,83 +262,6 @@ class Runtime:
         self.config.attach(backend)
         for queue in self.queues:
             queue._attach(backend)
-
-    # --- New code ---------------------------------------------------------------------------------------------------
-
-    def change_class(self, new_class: type[Device], changed: Future[None]) -> None:
-        """Make the device an instance of `new_class` on the thread of its loop, between two requests.
-
-        Coroutines that are under way are finished first, with the code that they began with: for a moment no other is
-        begun. What is available meanwhile stays in the rings.
-        """
-        backend = self._backend
-        if backend is None:
-            self._change_class_now(new_class, changed)
-        else:
-            backend.call_soon(lambda: self._change_class_when_idle(backend, new_class, changed))
-
-    def _change_class_when_idle(self, backend: Backend, new_class: type[Device], changed: Future[None]) -> None:
-        if not self._tasks:
-            self._change_class_now(new_class, changed)
-            return
-
-        def change(_task: asyncio.Task[None] | None = None) -> None:
-            if not changed.done() and (_task is None or not self._tasks):
-                timer.cancel()
-                self._change_class_now(new_class, changed)
-
-        backend.set_handlers([None] * len(self.queues))
-        timer = Timer(backend, PATIENCE, change)
-        for task in self._tasks:
-            task.add_done_callback(change)
-
-    def _change_class_now(self, new_class: type[Device], changed: Future[None]) -> None:
-        if not changed.set_running_or_notify_cancel():
-            pass
-        device, old_class, old_queues = self.device, type(self.device), self._queues
-        try:
-            before = self._declaration()
-            # Other threads may push meanwhile: the queues are found by the declarations of both classes.
-            kept = dict(zip(new_class._queues, map(self.queues_of, old_class._queues), strict=False))
-            self._queues = {**(self._queues or {}), **kept}
-            try:
-                device.__class__ = new_class
-            except TypeError as error:
-                raise DeclarationError(f"an instance of {old_class.__name__} cannot become one of it: {error}") from None
-            self._check_unchanged(before)
-            device.on_reload(old_class)
-        except BaseException as error:
-            device.__class__ = old_class
-            self._queues = old_queues
-            changed.set_exception(error)
-        else:
-            self._queues = kept if old_queues is not None else None
-            changed.set_result(None)
-        finally:
-            if self._backend is not None:
-                self._backend.set_handlers(self._bound_handlers())
-
-    def _declaration(self) -> dict[str, object]:
-        """What the driver was told, and cannot be told again."""
-        device = self.device
-        return {
-            "device_id": int(device.device_id),
-            "features": f"{int(device.features):#x}",
-            "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
-            "max_request": [declaration.max_request for declaration in device._queues],
-            "configuration space": [f"{field.name} at {field.offset}" for field in device._layout.fields],
-            "bytes of configuration space": device._layout.size,
-        }
-
-    def _check_unchanged(self, before: dict[str, object]) -> None:
-        for what, now in self._declaration().items():
-            if now != before[what]:
-                raise DeclarationError(
-                    f"{what}: {now} instead of {before[what]}, which a driver that is running would not notice; "
-                    "restart to change that"
-                )
-        if self.has_coroutines and self._backend is not None and self._asyncio is None:
-            raise DeclarationError("async handlers need asyncio, which the device was started without; restart for that")
 
     # --- Connections ------------------------------------------------------------------------------------------------
 
