@@ -20,6 +20,7 @@ from .errors import DeclarationError, StateError, VhostUserError
 from .loop import Loop, Timer, Watch
 
 if TYPE_CHECKING:
+    from .config import Field
     from .device import Device
     from .queues import DeviceQueue, Queue
     from .server import Address, Endpoint
@@ -46,23 +47,23 @@ class ConfigStorage:
         with self._lock:
             return bytes(self.space[offset : offset + size])
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes, *, notify: bool = True) -> None:
         with self._lock:
             self.space[offset : offset + len(data)] = data
             if self._backend:
                 self._backend.config_write(offset, data)
-        if not self._quiet:
+        if notify and not self._quiet:
             self._notify()
 
     @contextlib.contextmanager
-    def update(self, *, notify: bool = True) -> Iterator[None]:
+    def update(self) -> Iterator[None]:
         self._quiet += 1
         before = bytes(self.space)
         try:
             yield
         finally:
             self._quiet -= 1
-            if notify and bytes(self.space) != before:
+            if bytes(self.space) != before:
                 self._notify()
 
     def _notify(self) -> None:
@@ -343,21 +344,27 @@ class Runtime:
             raise VhostUserError(
                 f"bytes {offset}..{offset + len(data)} are outside the {size} of the configuration space"
             )
-        with storage.update(notify=False):
-            for field in fields:
-                if not field.writable:
-                    # QEMU writes the whole space back when a driver changes a byte of it.
-                    continue
-                before = storage.read(field.offset, field.size)
-                after = bytearray(before)
-                for at in range(max(offset, field.offset), min(offset + len(data), field.offset + field.size)):
-                    after[at - field.offset] = data[at - offset]
-                storage.write(field.offset, bytes(after))
-                old, new = field.decode(before), field.decode(bytes(after))
-                hook = device._field_hooks.get(field.name)
-                if hook is not None:
-                    getattr(device, hook)(old, new)
-                device.on_config_write(field, old, new)
+        for field in fields:
+            if not field.writable:
+                # QEMU writes the whole space back when a driver changes a byte of it.
+                continue
+            before = storage.read(field.offset, field.size)
+            after = bytearray(before)
+            for at in range(max(offset, field.offset), min(offset + len(data), field.offset + field.size)):
+                after[at - field.offset] = data[at - offset]
+            storage.write(field.offset, bytes(after), notify=False)
+            try:
+                self._call_config_hooks(field, field.decode(before), field.decode(bytes(after)))
+            except Exception:
+                # The driver is told that the write was refused: nothing came of it.
+                storage.write(field.offset, before, notify=False)
+                raise
+
+    def _call_config_hooks(self, field: Field[Any], old: Any, new: Any) -> None:
+        hook = self.device._field_hooks.get(field.name)
+        if hook is not None:
+            getattr(self.device, hook)(old, new)
+        self.device.on_config_write(field, old, new)
 
     def device_reset(self) -> None:
         self.device.on_reset()
