@@ -6,6 +6,7 @@ Virtio 1.3, section 2.5; vhost-user specification, "VHOST_USER_GET_CONFIG".
 from __future__ import annotations
 
 import struct
+import threading
 
 import pytest
 
@@ -125,3 +126,139 @@ def test_a_channel_that_nobody_reads_does_not_stop_the_device(knob: FrontEnd, di
     channel.close()
     dial.scale = 1
     knob.exchange(ring, b"x", 8)
+
+
+# --- Declarations -----------------------------------------------------------------------------------------------------
+
+
+def test_fields_follow_each_other_without_gaps_unless_they_are_placed(serve: Serve, connect: Connect) -> None:
+    class Spread(Dial, device_id=NO_TYPE):
+        mode = vu.config.u8(0xAA)
+        wide = vu.config.u64(0x0102030405060708)
+        placed = vu.config.u16(0xBBCC, offset=24)
+        after = vu.config.u8(0xDD)
+
+    expected = b"\x04\x03\x02\x01\x07\x00\x00\x00ab\x00\x00\xaa\x08\x07\x06\x05\x04\x03\x02\x01\x00\x00\x00\xcc\xbb\xdd"
+    assert connect(serve(Spread())).get_config(0, 27) == expected
+
+
+def test_fields_that_overlap_are_refused() -> None:
+    with pytest.raises(vu.DeclarationError, match=r"Wrong\.second: byte 3 of the space belongs to first already"):
+
+        class Wrong(vu.Device, device_id=NO_TYPE):
+            first = vu.config.u32()
+            second = vu.config.u16(offset=3)
+
+
+def test_a_space_that_no_message_can_carry_is_refused() -> None:
+    class Full(vu.Device, device_id=NO_TYPE):
+        bulk = vu.config.raw(4084)
+
+    with pytest.raises(vu.DeclarationError, match="Wrong: a configuration space has at most 4084 bytes, not 4085"):
+
+        class Wrong(vu.Device, device_id=NO_TYPE):
+            bulk = vu.config.raw(4085)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("scale", -1, "scale: -1 does not fit in 4 bytes"),
+        ("scale", 1 << 32, "scale: 4294967296 does not fit in 4 bytes"),
+        ("scale", "1", "scale: '1' does not fit in 4 bytes"),
+        ("label", b"12345", r"label: b'12345' does not fit in 4 bytes \(5 bytes\)"),
+        ("label", "text", "label: 'text' does not fit in 4 bytes"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_and_changes_nothing(field: str, value: object, match: str) -> None:
+    dial = Dial()
+    with pytest.raises(ValueError, match=match):
+        setattr(dial, field, value)
+    assert (dial.scale, dial.label) == (0x01020304, b"ab\0\0")
+
+
+def test_instances_have_a_space_of_their_own_before_they_are_served(serve: Serve, connect: Connect) -> None:
+    one, other = Dial(), Dial()
+    one.scale, other.scale = 1, 2
+    assert (one.scale, other.scale) == (1, 2)
+    assert connect(serve(one)).get_config(0, 4) == b"\x01\0\0\0"
+    assert connect(serve(other)).get_config(0, 4) == b"\x02\0\0\0"
+
+
+def test_the_hook_of_a_field_gets_the_old_and_the_new_value(serve: Serve, connect: Connect) -> None:
+    writes: list[tuple[object, ...]] = []
+
+    class Watched(Dial, device_id=NO_TYPE):
+        @Dial.position.on_write
+        def moved(self, old: int, new: int) -> None:
+            writes.append(("position", old, new, self.position))
+
+        @Dial.label.on_write
+        def renamed(self, old: bytes, new: bytes) -> None:
+            writes.append(("label", old, new))
+
+    front = connect(serve(Watched()))
+    front.tell(Id.SET_CONFIG, config(6, b"\x01"))
+    front.tell(Id.SET_CONFIG, config(4, b"\x02\0\0\0xyz"))
+    assert writes == [
+        ("position", 7, 0x010007, 0x010007),
+        ("position", 0x010007, 2, 2),
+        ("label", b"ab\0\0", b"xyz\0"),
+    ]
+
+
+def test_a_driver_is_told_of_what_a_hook_assigns(serve: Serve, connect: Connect, memory: Memory) -> None:
+    class Clamped(Dial, device_id=NO_TYPE):
+        @Dial.position.on_write
+        def moved(self, old: int, new: int) -> None:
+            if new > 100:
+                self.position = 100
+
+    front = connect(serve(Clamped()))
+    front.negotiate(protocol=REPLY_ACK | CONFIG | BACKEND_REQ)
+    front.share(memory)
+    channel = front.open_backend_channel()
+    front.start(Ring(memory))
+    assert front.set_config(4, b"\x63\0\0\0") == 0
+    assert channel.is_silent()
+    assert front.set_config(4, b"\xff\xff\0\0") == 0
+    assert channel.receive().request == CONFIG_CHANGE
+    assert front.get_config(4, 4) == b"\x64\0\0\0"
+
+
+def test_a_write_that_a_hook_refuses_changes_nothing(serve: Serve, connect: Connect) -> None:
+    class Strict(Dial, device_id=NO_TYPE):
+        @Dial.position.on_write
+        def moved(self, old: int, new: int) -> None:
+            if new > 100:
+                raise ValueError(f"{new} is too far")
+
+    device = Strict()
+    front = connect(serve(device))
+    assert front.set_config(4, b"\x65\0\0\0") != 0
+    assert front.get_config(4, 4) == b"\x07\0\0\0"
+    assert device.position == 7
+
+
+def test_values_are_kept_from_one_front_end_to_the_next(serve: Serve, dial: Dial) -> None:
+    path = serve(dial)
+    with FrontEnd(path) as front:
+        front.set_config(4, b"\x2a\0\0\0")
+    with FrontEnd(path) as front:
+        assert front.get_config(4, 4) == b"\x2a\0\0\0"
+    assert dial.position == 42
+
+
+def test_assignments_from_many_threads_leave_the_space_whole(knob: FrontEnd, dial: Dial) -> None:
+    def assign(value: int) -> None:
+        for _ in range(200):
+            dial.scale = value * 0x01010101
+
+    threads = [threading.Thread(target=assign, args=[value]) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert len(set(knob.get_config(0, 4))) in (1, 4)
+    for thread in threads:
+        thread.join()
+    assert knob.get_config(0, 4) == struct.pack("<I", dial.scale)
