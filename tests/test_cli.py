@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import socket
@@ -11,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from vhost_user import DeviceId
 from vhost_user.guest import Uml, _newest_build
 
 DEADLINE = 10.0
@@ -27,6 +30,9 @@ HEADER = struct.Struct("=III")
 GET_FEATURES, SET_OWNER = 1, 3
 F_RO = 1 << 5
 VERSION_1 = 1 << 32
+
+#: Where they are in what termios.tcgetattr() returns.
+LOCAL_MODES = 3
 
 DEVICES = """
     import enum, os, time
@@ -88,17 +94,21 @@ def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         started.callback(signal.signal, signal.SIGINT, ignored)
 
         def start(
-            *arguments: str, program: Sequence[str] = VHOST_USER, pass_fds: Sequence[int] = ()
+            *arguments: str,
+            program: Sequence[str] = VHOST_USER,
+            pass_fds: Sequence[int] = (),
+            stdin: int = subprocess.DEVNULL,
         ) -> subprocess.Popen[str]:
             process = subprocess.Popen(
                 [*program, *arguments],
                 cwd=folder,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 pass_fds=pass_fds,
             )
-            started.callback(process.communicate)
+            started.enter_context(process)
             started.callback(process.kill)
             return process
 
@@ -143,6 +153,13 @@ def connect(path: Path) -> socket.socket:
             time.sleep(0.01)
         else:
             return connection
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def wait_for_instructions(process: subprocess.Popen[str]) -> list[str]:
@@ -194,6 +211,55 @@ def test_rng_serves_an_entropy_source(start: Start, sock: Path) -> None:
     start("rng", "--socket-path", str(sock))
     with connect(sock) as connection:
         assert features_of(connection) & VERSION_1
+
+
+def test_a_console_is_a_terminal_whose_path_is_told(start: Start, sock: Path) -> None:
+    process = start("console", "--socket-path", str(sock))
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert said.startswith("The console is /dev/pts/")
+    assert Path(said.split()[-1].rstrip(".")).is_char_device()
+    with connect(sock) as connection:
+        assert features_of(connection) & VERSION_1
+
+
+def test_a_console_may_be_a_socket(start: Start, folder: Path, sock: Path) -> None:
+    start("console", "--console-socket", str(folder / "tty.sock"), "--socket-path", str(sock))
+    with connect(sock) as connection, connect(folder / "tty.sock"):
+        assert features_of(connection) & VERSION_1
+
+
+def test_a_console_may_be_standard_input_and_output(start: Start, folder: Path, sock: Path) -> None:
+    redirect = ["bash", "-c", 'exec "$@" >printed', "bash", *VHOST_USER]
+    arguments = ["console", "--stdio", "--once", "--socket-path", str(sock)]
+    process = start(*arguments, program=redirect, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    wait_for_instructions(process)
+    with Uml([(sock, DeviceId.CONSOLE)]) as guest:
+        guest.run("(exec 3<>/dev/hvc0; stty raw -echo <&3; echo ready >&3; read -r line <&3; echo $line >got) &")
+        # Linux drops what is typed before its driver is ready.
+        wait_for(lambda: "ready\n" in (folder / "printed").read_text())
+        process.stdin.write("an order\n")
+        process.stdin.close()
+        assert guest.run("until [ -s got ]; do sleep 0.01; done; cat got").text == "an order"
+        guest.run("seq 2000 >/dev/hvc0")
+    assert process.wait(DEADLINE) == 0
+    printed = (folder / "printed").read_text().split("ready\n")[1]
+    assert printed.split()[:2000] == [str(number) for number in range(1, 2001)]
+
+
+def test_a_terminal_is_left_as_it_was_found(start: Start, sock: Path) -> None:
+    with contextlib.ExitStack() as files:
+        ours, theirs = os.openpty()
+        for end in (ours, theirs):
+            files.callback(os.close, end)
+        before = termios.tcgetattr(theirs)
+        process = start("console", "--stdio", "--socket-path", str(sock), stdin=theirs)
+        wait_for_instructions(process)
+        assert termios.tcgetattr(theirs)[LOCAL_MODES] & (termios.ECHO | termios.ICANON | termios.ISIG) == termios.ISIG
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+        assert termios.tcgetattr(theirs) == before
 
 
 def test_i2c_serves_targets_at_their_addresses(start: Start, sock: Path) -> None:
@@ -421,6 +487,7 @@ def test_verbose_logs_what_front_ends_do(start: Start, sock: Path) -> None:
     [
         ("rng", {"type": "rng", "features": []}),
         ("blk", {"type": "block", "features": ["blk-file", "read-only"]}),
+        ("console", {"type": "console", "features": []}),
         ("i2c", {"type": "i2c", "features": []}),
     ],
 )
@@ -473,6 +540,7 @@ def test_the_instructions_are_what_to_paste(start: Start, sock: Path) -> None:
         ["rng"],
         ["blk", "--memory", "1M", "--num-queues", "2"],
         ["i2c", "vhost_user.devices:Tmp102"],
+        ["console", "--console-socket", "tty.sock"],
     ],
 )
 def test_qemu_takes_what_is_to_be_pasted(start: Start, folder: Path, arguments: list[str]) -> None:

@@ -32,11 +32,14 @@ COMMANDS = {
     "run": Row("serve a device class of your own", "run:configure"),
     "rng": Row("serve an entropy source", "builtin:rng"),
     "blk": Row("serve a disk", "builtin:blk"),
+    "console": Row("serve a console", "builtin:console"),
     "i2c": Row("serve an I2C adapter with targets written in Python", "builtin:i2c"),
+    "demo": Row("boot a Linux kernel with four devices, and show what it saw", "demo:configure"),
 }
 
 EXAMPLES = """\
 examples:
+  vhost-user demo
   vhost-user run rng.py:Rng --socket-path /tmp/rng.sock
   vhost-user blk disk.img --socket-path /tmp/disk.sock
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import socket
+import sys
+import termios
+import threading
+import tty
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import devices
 from ..devices import i2c as i2c_bus
+from ..devices.console import StreamConsole
 from ..ids import DeviceId
 from . import options, serving
 from .command import CommandParser, UsageError
@@ -15,6 +23,9 @@ from .load import load
 
 if TYPE_CHECKING:
     from ..device import Device
+
+STDIN, STDOUT = 0, 1
+CHUNK = 1 << 16
 
 
 def rng(parser: CommandParser) -> None:
@@ -47,6 +58,70 @@ def _disk(arguments: argparse.Namespace) -> Device:
         num_queues=arguments.num_queues,
         serial=arguments.serial,
     )
+
+
+def console(parser: CommandParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  vhost-user console --socket-path /tmp/console.sock          # then: screen /dev/pts/N, which it tells\n"
+        "  vhost-user console --stdio --socket-path /tmp/console.sock\n"
+    )
+    other_end = parser.add_mutually_exclusive_group()
+    other_end.add_argument("--pty", action="store_true", help="a pseudo-terminal; its path is printed (the default)")
+    other_end.add_argument("--stdio", action="store_true", help="standard input and output of this program")
+    other_end.add_argument("--console-socket", metavar="PATH", help="a UNIX socket that this program makes at PATH")
+    _configure(parser, DeviceId.CONSOLE, _console)
+
+
+def _console(arguments: argparse.Namespace) -> Device:
+    if arguments.stdio:
+        return StdioConsole()
+    if arguments.console_socket:
+        return devices.SocketConsole(arguments.console_socket)
+    pty = devices.PtyConsole()
+    print(f"The console is {pty.name}.", file=sys.stderr)
+    return pty
+
+
+class StdioConsole(StreamConsole):
+    """A console whose other end is standard input and output, whatever these are."""
+
+    def __init__(self) -> None:
+        # Threads that wait, since these files may be shared with others and must not become non-blocking.
+        self._ours, theirs = socket.socketpair()
+        super().__init__(self._ours)
+        self._printing = threading.Thread(target=_print_all, args=[theirs], daemon=True)
+        self._typing = threading.Thread(target=_type_all, args=[theirs], daemon=True)
+        self._terminal: list[Any] | None = None
+
+    def on_start(self) -> None:
+        if os.isatty(STDIN):
+            self._terminal = termios.tcgetattr(STDIN)
+            # The guest echoes. Ctrl-C remains.
+            tty.setcbreak(STDIN)
+        self._printing.start()
+        self._typing.start()
+        super().on_start()
+
+    def on_stop(self) -> None:
+        super().on_stop()
+        self._ours.shutdown(socket.SHUT_WR)
+        self._printing.join(1)
+        if self._terminal is not None:
+            termios.tcsetattr(STDIN, termios.TCSADRAIN, self._terminal)
+
+
+def _print_all(stream: socket.socket) -> None:
+    while data := stream.recv(CHUNK):
+        while data:
+            data = data[os.write(STDOUT, data) :]
+
+
+def _type_all(stream: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := os.read(STDIN, CHUNK):
+            stream.sendall(data)
+        stream.shutdown(socket.SHUT_WR)
 
 
 def i2c(parser: CommandParser) -> None:
