@@ -28,7 +28,10 @@ pub use error::{Error, RingError};
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::bindings::{Backend, Frontend, FrontendQueue, GuestBuffer, Memory, Request};
+    use super::bindings::{
+        Backend, DecodedMessage, Frontend, FrontendQueue, GuestBuffer, Memory, MessageInfo, Request, decode, messages,
+        payloads,
+    };
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {

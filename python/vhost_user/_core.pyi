@@ -326,3 +326,78 @@ class FrontendQueue:
     @property
     def addresses(self) -> tuple[int, int, int]:
         """User addresses of the descriptor table, the available ring and the used ring."""
+
+#: A field of a payload: its name, where it begins and how many bytes it has (0: the rest), what it holds, and the parts
+#: of what it holds. The shapes are unsigned, signed, bytes, words, bits (parts: name and mask of each), structure and
+#: structures (parts: their fields), and padding.
+_PayloadField = tuple[str, int, int, str, list[Any]]
+
+@final
+class MessageInfo:
+    """A row of the message tables: what a message is like. vhost-user specification, "Message types"."""
+
+    @property
+    def channel(self) -> str:
+        """ "main" for a request of the front-end, "back-end" for one of the back-end."""
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def payload(self) -> str:
+        """Which of :func:`payloads` it has."""
+    @property
+    def descriptors(self) -> str:
+        """ "none", "one", "at most one", or "as described" by the payload."""
+    @property
+    def gate(self) -> str:
+        """The feature that permits it, "always", or "device type"."""
+    @property
+    def answer(self) -> str:
+        """Which of :func:`payloads` the answer has."""
+    @property
+    def answered(self) -> str:
+        """ "always"; "asked": if NEED_REPLY asks for it; or the feature that changes the acknowledgement to `answer`."""
+    @property
+    def rings(self) -> str:
+        """Which rings it is about: "none", "one" or "all"."""
+    @property
+    def bits(self) -> list[tuple[int, str]] | None:
+        """Names of bits, for a message that is about features: of its answer if it is always answered."""
+
+@final
+class DecodedMessage:
+    """What :func:`decode` made of a message."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def answer(self) -> bool:
+        """Whether it answers a request."""
+    @property
+    def acknowledgement(self) -> bool:
+        """Whether it is an answer that only tells success, 0, from failure."""
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The values that are there, by name: numbers, bytes, lists, and dictionaries of such. A word of features has
+        the names of its bits beside it, as "names"; bytes that nobody asked for are the "rest"."""
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it: what was expected, and what came."""
+
+def messages() -> list[MessageInfo]:
+    """Both message tables."""
+
+def payloads() -> list[tuple[str, int | None, list[_PayloadField]]]:
+    """Every payload: its name, the only size that it has (None: any), and its fields."""
+
+def decode(
+    channel: str, sender: str, request: int, flags: int, payload: bytes, descriptors: int
+) -> DecodedMessage:
+    """Decode a message that the `sender`, "front-end" or "back-end", sent on a `channel`, "main" or "back-end".
+
+    It never fails, whatever the bytes are.
+
+    Raises:
+        ValueError: there is no such channel or sender.
+    """

@@ -6,12 +6,14 @@
 
 mod backend;
 mod buffer;
+mod codec;
 mod errors;
 mod frontend;
 mod request;
 
 pub use backend::Backend;
 pub use buffer::GuestBuffer;
+pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
 pub use frontend::{Frontend, FrontendQueue, Memory, add_tables};
 pub use request::Request;
 
