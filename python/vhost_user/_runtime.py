@@ -178,8 +178,9 @@ class Runtime:
         if not self._serving.acquire(blocking=False):
             raise StateError(f"{self._name} is being served already; make another instance, or stop it first")
         try:
-            backend = self._make_backend()
+            # Once it is open, a descriptor that was given away is closed whatever happens.
             with endpoint.open() as (listener, connection, address):
+                backend = self._make_backend()
                 self._once = once or listener is None
                 self._attach(backend)
                 self.address = address

@@ -1,0 +1,135 @@
+"""A device and its driver in one process, and what has to be in order afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+from .._core import Memory, ProtocolFeature
+from ..device import Device
+from ..errors import VhostUserError
+from ..frontend import TIMEOUT, Frontend
+from ..queues import DeviceQueue
+
+#: Seconds in which a device has to answer what it has taken, when its test is over.
+GRACE = 1.0
+
+LEAKED = "a buffer of a completed request is still in use"
+DROPPED = "a request was dropped without complete()"
+
+
+class Leftovers(AssertionError):
+    """Something was left over after a test: a request that nobody answered, or a buffer that nobody let go."""
+
+
+@contextlib.contextmanager
+def connect(
+    device: Device,
+    *,
+    features: int | None = None,
+    protocol: ProtocolFeature | None = None,
+    memory: Memory | None = None,
+    timeout: float = TIMEOUT,
+    start: bool = True,
+    negotiate: bool = True,
+) -> Iterator[Frontend]:
+    """Serve `device` in a thread, connect to it by a socket pair, and be its driver until the end of the block.
+
+    `features` and `protocol` are as for :meth:`Frontend.negotiate`, `memory` is shared instead of 16 MiB, and `timeout`
+    is how many seconds a message or a request may take. All queues of the device are started, in the sizes that it
+    declares. With ``start=False`` they are not, and with ``negotiate=False`` nothing was sent at all.
+
+    Raises, at the end:
+        Leftovers: the device has not answered a request that it has taken, dropped one, or kept a buffer of one beyond
+            its completion. How the block ended otherwise comes first.
+        BaseException: whatever ended the device's thread.
+    """
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        leftovers = stack.enter_context(_reported())
+        stack.enter_context(contextlib.closing(ours))
+        server = stack.enter_context(device.start(fd=theirs.detach()))
+        with Frontend(ours, timeout=timeout) as frontend:
+            if negotiate:
+                frontend.negotiate(features, protocol)
+                if memory is not None:
+                    frontend.share(memory)
+                if start:
+                    for queue in device.queues:
+                        frontend.queue(queue.index, queue.size)
+            yield frontend
+            leftovers += _unanswered(device, frontend)
+        server.stop()
+    if leftovers:
+        raise Leftovers("\n".join(leftovers))
+
+
+def _unanswered(device: Device, frontend: Frontend) -> list[str]:
+    """Take the queues away from the device, and see what it has not given back."""
+    if frontend.closed or not any(_is_busy(device)):
+        return []
+    # A device that keeps buffers for later gives them back when it is told to stop. The answer to that may never come.
+    threading.Thread(target=_stop_queues, args=[frontend], daemon=True).start()
+    end = time.monotonic() + GRACE
+    while any(_is_busy(device)) and time.monotonic() < end:
+        time.sleep(0.001)
+    return [
+        f"queue {queue.index} ({queue.name}): {queue.in_flight} requests were taken and not completed; "
+        "call complete() on what was detached, or on_queue_stop() at the latest"
+        for queue in _is_busy(device)
+    ]
+
+
+def _is_busy(device: Device) -> Iterator[DeviceQueue]:
+    return (queue for queue in device.queues if queue.in_flight)
+
+
+def _stop_queues(frontend: Frontend) -> None:
+    for queue in frontend.queues:
+        # The connection is gone, if there is something wrong.
+        with contextlib.suppress(VhostUserError):
+            queue.stop()
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[list[str]]:
+    """What the core reports of requests and buffers, from whichever thread."""
+    reports: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if DROPPED in record.getMessage():
+                reports.append(record.getMessage())
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def listen(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if LEAKED in str(message):
+                reports.append(f"{filename}:{lineno}: {message}")
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.filterwarnings("always", f".*{LEAKED}", ResourceWarning)
+        warnings.showwarning = listen
+        listener = Listener()
+        logger = logging.getLogger("vhost_user")
+        logger.addHandler(listener)
+        try:
+            yield reports
+        finally:
+            logger.removeHandler(listener)
+            warnings.showwarning = show
