@@ -35,6 +35,7 @@ COMMANDS = {
     "console": Row("serve a console", "builtin:console"),
     "i2c": Row("serve an I2C adapter with targets written in Python", "builtin:i2c"),
     "demo": Row("boot a Linux kernel with four devices, and show what it saw", "demo:configure"),
+    "info": Row("show what a back-end tells of itself", "info:configure"),
 }
 
 EXAMPLES = """\
