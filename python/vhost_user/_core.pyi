@@ -125,6 +125,11 @@ class Backend:
         features: int,
         config: bytes,
     ) -> Backend: ...
+    def set_handlers(self, handlers: list[Callable[[Request], object] | None]) -> None:
+        """Other handlers, from the next batch of requests on. What is available gets a look from them.
+
+        Only on the loop's thread.
+        """
     def connect(self, fd: int) -> None:
         """Serve the front-end at the other end of `fd`, which is owned from now on. Only on the loop's thread."""
     def dispatch(self, timeout: float | None = None) -> bool:

@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from . import queues
@@ -221,14 +222,17 @@ class Runtime:
             raise DeclarationError(f"{self._name} declares no queue: write `requestq = vu.Queue()` in the class")
         if len(devices_queues) > 256:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
-        handlers = [
-            self._handler(device._handlers.get(declaration))
-            for declaration in device._queues
-            for _ in self.queues_of(declaration)
-        ]
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
-        return Backend(self, sizes, limits, handlers, features, bytes(self.config.space))
+        return Backend(self, sizes, limits, self._bound_handlers(), features, bytes(self.config.space))
+
+    def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
+        """What takes the requests of each queue."""
+        return [
+            self._handler(self.device._handlers.get(declaration))
+            for declaration in self.device._queues
+            for _ in self.queues_of(declaration)
+        ]
 
     def _handler(self, name: str | None) -> Callable[[Request], object] | None:
         if name is None:
@@ -264,6 +268,91 @@ class Runtime:
         self.config.attach(backend)
         for queue in self.queues:
             queue._attach(backend)
+
+    # --- New code ---------------------------------------------------------------------------------------------------
+
+    def change_class(self, new_class: type[Device], changed: Future[None]) -> None:
+        """Make the device an instance of `new_class` on the thread of its loop, between two requests.
+
+        Coroutines that are under way are finished first, with the code that they began with: for a moment no other is
+        begun. What is available meanwhile stays in the rings.
+        """
+        backend = self._backend
+        if backend is None:
+            self._change_class_now(new_class, changed)
+        else:
+            backend.call_soon(lambda: self._change_class_when_idle(backend, new_class, changed))
+
+    def _change_class_when_idle(self, backend: Backend, new_class: type[Device], changed: Future[None]) -> None:
+        if not self._tasks:
+            self._change_class_now(new_class, changed)
+            return
+
+        def change(_task: asyncio.Task[None] | None = None) -> None:
+            if not changed.done() and (_task is None or not self._tasks):
+                timer.cancel()
+                self._change_class_now(new_class, changed)
+
+        backend.set_handlers([None] * len(self.queues))
+        timer = Timer(backend, PATIENCE, change)
+        for task in self._tasks:
+            task.add_done_callback(change)
+
+    def _change_class_now(self, new_class: type[Device], changed: Future[None]) -> None:
+        wanted = changed.set_running_or_notify_cancel()
+        failure = self._try_class(new_class) if wanted else None
+        if self._backend is not None:
+            self._backend.set_handlers(self._bound_handlers())
+        if failure is not None:
+            changed.set_exception(failure)
+        elif wanted:
+            changed.set_result(None)
+
+    def _try_class(self, new_class: type[Device]) -> BaseException | None:
+        """Returns why it has to be the old class again."""
+        device, old_class, old_queues = self.device, type(self.device), self._queues
+        try:
+            before = self._declaration()
+            # Other threads may push meanwhile: the queues are found by the declarations of both classes.
+            kept = dict(zip(new_class._queues, map(self.queues_of, old_class._queues), strict=False))
+            self._queues = {**(self._queues or {}), **kept}
+            try:
+                device.__class__ = new_class
+            except TypeError as error:
+                raise DeclarationError(f"a {old_class.__name__} cannot become one of the new class: {error}") from None
+            self._check_unchanged(before)
+            device.on_reload(old_class)
+        except BaseException as error:
+            device.__class__ = old_class
+            self._queues = old_queues
+            return error
+        self._queues = kept
+        for declaration, built in kept.items():
+            for queue in built:
+                queue._backlog_limit = declaration.backlog
+        return None
+
+    def _declaration(self) -> dict[str, object]:
+        """What the driver was told, and cannot be told again."""
+        device = self.device
+        return {
+            "device_id": int(device.device_id),
+            "features": f"{int(device.features):#x}",
+            "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
+            "max_request": [declaration.max_request for declaration in device._queues],
+            "configuration space": [f"{field.name} at {field.offset}" for field in device._layout.fields],
+            "bytes of configuration space": device._layout.size,
+        }
+
+    def _check_unchanged(self, before: dict[str, object]) -> None:
+        for what, now in self._declaration().items():
+            if now != before[what]:
+                raise DeclarationError(
+                    f"{what}: {now} instead of {before[what]}, which a driver that is running would not notice; "
+                    "restart to change that"
+                )
+        if self.has_coroutines and self._backend is not None and self._asyncio is None:
+            raise DeclarationError("async handlers need asyncio, which the device was started without; restart it")
 
     # --- Connections ------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,12 @@ class Device:
     def on_reset(self) -> None:
         """The driver reset the device."""
 
+    def on_reload(self, old_class: type[Device]) -> None:
+        """The device has got new code, see :mod:`vhost_user.reload`: bring up to date what it keeps.
+
+        ``__init__`` is not called again. An exception makes the device keep its old code.
+        """
+
     def on_queue_error(self, queue: DeviceQueue, error: str) -> None:
         """The driver broke the queue: it is stopped, the others go on. The error was logged."""
 

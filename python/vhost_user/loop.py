@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +22,8 @@ class Watch:
     def __init__(self, backend: Backend, fd: int, callback: Callable[[], object], *, read: bool, write: bool) -> None:
         self._backend = backend
         self._fd = fd
-        self._id: int | None = backend.watch(fd, lambda _readable, _writable: callback(), read, write)
+        current = _late_bound(callback)
+        self._id: int | None = backend.watch(fd, lambda _readable, _writable: current(), read, write)
 
     def close(self) -> None:
         """Stop watching. Do it before the descriptor is closed."""
@@ -35,7 +37,7 @@ class Timer:
 
     def __init__(self, backend: Backend, delay: float, callback: Callable[[], object]) -> None:
         self._backend = backend
-        self._id = backend.call_later(delay, callback)
+        self._id = backend.call_later(delay, _late_bound(callback))
 
     def cancel(self) -> None:
         """Forget the call. Nothing happens if it was made already."""
@@ -64,4 +66,18 @@ class Loop:
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         """Call `callback()` once, soon. From any thread."""
-        self._backend.call_soon(callback)
+        self._backend.call_soon(_late_bound(callback))
+
+
+def _late_bound(callback: Callable[[], object]) -> Callable[[], object]:
+    """A method is looked up when it is called: until then its object may have got another class, with new code."""
+    if not inspect.ismethod(callback):
+        return callback
+    owner, name = callback.__self__, callback.__name__
+    if getattr(owner, name, None) != callback:
+        return callback
+
+    def call() -> object:
+        return getattr(owner, name, callback)()
+
+    return call

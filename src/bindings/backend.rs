@@ -30,6 +30,7 @@ const POLL_IDLE: Duration = Duration::from_millis(1);
 const POLLS_UNTIL_IDLE: u32 = 200;
 
 type Callbacks = HashMap<u32, Py<PyAny>>;
+type Handlers = Vec<Option<Py<PyAny>>>;
 
 /// One device, served to one front-end after another.
 #[pyclass(frozen, module = "vhost_user._core")]
@@ -38,7 +39,7 @@ pub struct Backend {
     /// `vhost_user._runtime.Runtime`, or whatever has its methods.
     runtime: Py<PyAny>,
     /// For each queue the callable that takes its requests, or None.
-    handlers: Vec<Option<Py<PyAny>>>,
+    handlers: Mutex<Handlers>,
     profile: Profile,
     vrings: Arc<[Arc<Vring>]>,
     config: Arc<ConfigSpace>,
@@ -75,7 +76,7 @@ impl Backend {
         runtime: Py<PyAny>,
         queue_sizes: Vec<u16>,
         max_requests: Vec<u32>,
-        handlers: Vec<Option<Py<PyAny>>>,
+        handlers: Handlers,
         features: u64,
         config: Vec<u8>,
         py: Python<'_>,
@@ -96,7 +97,7 @@ impl Backend {
             .collect();
         Ok(Self {
             runtime,
-            handlers,
+            handlers: Mutex::new(handlers),
             profile: Profile { device_features: features, has_config: !config.is_empty() },
             vrings,
             config: Arc::new(ConfigSpace::new(config)),
@@ -111,6 +112,19 @@ impl Backend {
             next_watcher: AtomicU32::new(0),
             connected: AtomicBool::new(false),
         })
+    }
+
+    /// Other handlers, from the next batch of requests on. What is available gets a look from them. Only on the loop's
+    /// thread.
+    fn set_handlers(&self, handlers: Handlers) -> PyResult<()> {
+        if handlers.len() != self.vrings.len() {
+            return Err(PyValueError::new_err("every queue needs a handler or None"));
+        }
+        let old = std::mem::replace(&mut *lock(&self.handlers), handlers);
+        drop(old);
+        lock(&self.inner).pending = self.vrings.iter().map(|vring| vring.index()).collect();
+        self.events.wakeup().wake();
+        Ok(())
     }
 
     /// Serve the front-end at the other end of `fd`, which is owned from now on. Only on the loop's thread.
@@ -287,8 +301,10 @@ impl Backend {
     /// A device that keeps a watch or a timer makes a cycle: device, watch, this, runtime, device.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.runtime)?;
-        self.handlers.iter().flatten().try_for_each(|handler| visit.call(handler))?;
         // Whoever has a lock now is using this object: missing what it keeps only makes it live longer.
+        if let Ok(handlers) = self.handlers.try_lock() {
+            handlers.iter().flatten().try_for_each(|handler| visit.call(handler))?;
+        }
         if let Ok(watchers) = self.watchers.try_lock() {
             watchers.values().try_for_each(|callback| visit.call(callback))?;
         }
@@ -454,7 +470,10 @@ impl<'py> Turn<'_, 'py> {
     /// Handle what is available on a queue, up to a batch.
     fn process(&mut self, queue: u16) {
         let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return };
-        let Some(Some(handler)) = self.backend.handlers.get(usize::from(queue)) else {
+        let handler = lock(&self.backend.handlers)
+            .get(usize::from(queue))
+            .and_then(|handler| handler.as_ref().map(|handler| handler.clone_ref(self.py)));
+        let Some(handler) = handler else {
             // The device takes from this queue by itself, and may have been waiting for buffers.
             if vring.available() > 0 {
                 self.tell("buffers_available", (queue,));
@@ -469,7 +488,7 @@ impl<'py> Turn<'_, 'py> {
             Taken::Chains(run) => {
                 for chain in chains.drain(..) {
                     let request = Request::new(Arc::clone(vring), Arc::clone(&run), chain, false);
-                    if let Some(entry) = self.handle(queue, handler, request, &mut spare) {
+                    if let Some(entry) = self.handle(queue, &handler, request, &mut spare) {
                         used.push(entry);
                     }
                 }
