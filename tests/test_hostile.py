@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import vhost_user as vu
 from conftest import open_descriptors
@@ -819,10 +821,40 @@ def test_an_end_between_two_messages_is_not_an_error(path: Path, device: Witness
 
 
 def test_noise_is_refused(path: Path) -> None:
-    for seed in range(50):
+    for size in range(12, 2000, 40):
         with FrontEnd(path) as front, contextlib.suppress(ConnectionError):
-            front.send_bytes(os.urandom(12 + seed * 40))
+            front.send_bytes(os.urandom(size))
             assert front.is_closed()
+
+
+#: Numbers at which something begins or ends.
+EDGES = st.sampled_from([0, 1, 2, 3, 4, 15, 16, 17, 255, 256, 4095, 4096, 32768, 65535, 65536]) | st.sampled_from(
+    [1 << 20, 0x4000_0000, 0x7F12_0000_0000, (1 << 32) - 1, 1 << 32, 1 << 63, TOP - 4096, TOP - 1]
+)
+WORDS = st.lists(EDGES, max_size=9).map(lambda words: struct.pack(f"={len(words)}Q", *words))
+HALVES = st.lists(EDGES.map(lambda word: word & 0xFFFF_FFFF), max_size=6).map(
+    lambda words: struct.pack(f"={len(words)}I", *words)
+)
+MESSAGES = st.lists(
+    st.tuples(st.integers(1, 45), st.sampled_from([REQUEST, NEED_REPLY]), WORDS | HALVES, st.integers(0, 2)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages=MESSAGES)
+def test_messages_of_strange_numbers_do_no_harm_while_rings_run(
+    path: Path, messages: list[tuple[int, int, bytes, int]]
+) -> None:
+    with FrontEnd(path) as front, Memory() as memory:
+        two_rings(front, memory)
+        with contextlib.suppress(ConnectionError):
+            for request, flags, payload, count in messages:
+                front.send(request, payload, [memory.descriptor] * count, flags=flags)
+    # Of what it set up nothing is left; the fixtures look for the rest.
+    with FrontEnd(path) as front:
+        assert front.get(Id.GET_VRING_BASE, vring_state(0)) == vring_state(0, 0)
 
 
 # --- Peers that take their time ---------------------------------------------------------------------------------------
