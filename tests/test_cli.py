@@ -368,6 +368,18 @@ def test_a_handler_that_hangs_does_not_keep_the_process(start: Start, sock: Path
     assert time.monotonic() - started < 3
 
 
+def test_impatience_does_not_make_it_hang(start: Start, sock: Path) -> None:
+    process = start("run", "devices:Hangs", "--socket-path", str(sock))
+    with connect(sock):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, "Traceback" in stderr) == (1, False)
+
+
 # --- What goes wrong --------------------------------------------------------------------------------------------------
 
 SERVE = ["--socket-path", "s"]
