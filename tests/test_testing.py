@@ -159,7 +159,7 @@ def test_a_request_that_is_dropped_fails_the_test() -> None:
 
     def unit_test() -> None:
         with testing.connect(Drop()) as driver:
-            driver.queues[0].request(b"?")
+            driver.queues[0].submit(b"?")
 
     with pytest.raises(testing.Leftovers, match="queue 0: a request was dropped without complete"):
         unit_test()

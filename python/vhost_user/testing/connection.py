@@ -8,14 +8,13 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from .._core import Memory, ProtocolFeature
 from ..device import Device
 from ..errors import VhostUserError
 from ..frontend import TIMEOUT, Frontend
-from ..queues import DeviceQueue
 
 #: Seconds in which a device has to answer what it has taken, when its test is over.
 GRACE = 1.0
@@ -72,22 +71,26 @@ def connect(
 
 def _unanswered(device: Device, frontend: Frontend) -> list[str]:
     """Take the queues away from the device, and see what it has not given back."""
-    if frontend.closed or not any(_is_busy(device)):
+    if frontend.closed:
         return []
-    # A device that keeps buffers for later gives them back when it is told to stop. The answer to that may never come.
-    threading.Thread(target=_stop_queues, args=[frontend], daemon=True).start()
-    end = time.monotonic() + GRACE
-    while any(_is_busy(device)) and time.monotonic() < end:
-        time.sleep(0.001)
+    handled = [queue for declaration in device._handlers for queue in device._runtime.queues_of(declaration)]
+    _wait_until(lambda: not any(queue.available for queue in handled if queue.status == "running"))
+    if any(queue.in_flight for queue in device.queues):
+        # A device that keeps buffers for later gives them back when it is told to stop. It may never answer to that.
+        threading.Thread(target=_stop_queues, args=[frontend], daemon=True).start()
+        _wait_until(lambda: not any(queue.in_flight for queue in device.queues))
     return [
         f"queue {queue.index} ({queue.name}): {queue.in_flight} requests were taken and not completed; "
-        "call complete() on what was detached, or on_queue_stop() at the latest"
-        for queue in _is_busy(device)
+        "call complete() on what was detached, in on_queue_stop() at the latest"
+        for queue in device.queues
+        if queue.in_flight
     ]
 
 
-def _is_busy(device: Device) -> Iterator[DeviceQueue]:
-    return (queue for queue in device.queues if queue.in_flight)
+def _wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + GRACE
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def _stop_queues(frontend: Frontend) -> None:
