@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .. import guest
+from ..device import Device
 from ..devices import Blk, Console, Rng, Tmp102, i2c
 from ..devices import blk as disk
 from ..errors import VhostUserError
-from ..frontend import DriverQueue, Frontend
-from ..ids import DeviceId
+from ..frontend import Frontend
+from ..testing import BlkDriver, ConsoleDriver, I2cDriver, RngDriver
 from .command import FAILURE, CommandParser, ended_by_signals
 
 MIB = 1 << 20
@@ -156,18 +157,17 @@ class GuestDriver:
 
 
 class InProcessDriver:
-    """The driver that the package has for tests, and as much of four drivers as is needed here."""
+    """The drivers that the package has for tests."""
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
         self._stack = ExitStack()
 
     def __enter__(self) -> InProcessDriver:
-        by_type = {device.device_id: path for path, device in self._devices.served.items()}
-        (self._rng,) = self._queues(by_type[DeviceId.RNG], 1)
-        (self._blk,) = self._queues(by_type[DeviceId.BLOCK], 1)
-        self._received, self._transmitted = self._queues(by_type[DeviceId.CONSOLE], 2)
-        (self._i2c,) = self._queues(by_type[DeviceId.I2C_ADAPTER], 1)
+        self._rng = RngDriver(self._connect(self._devices.rng))
+        self._blk = BlkDriver(self._connect(self._devices.blk))
+        self._console = ConsoleDriver(self._connect(self._devices.console))
+        self._i2c = I2cDriver(self._connect(self._devices.i2c))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,40 +177,32 @@ class InProcessDriver:
         return "the driver in this process has connected to the devices"
 
     def entropy(self, count: int) -> bytes:
-        return self._rng.request(writable=count)
+        return self._rng.read(count)
 
     def fill_disk(self, size: int) -> tuple[str, str]:
         written, read = hashlib.sha256(), hashlib.sha256()
-        for offset in range(0, size, MIB):
+        sectors = range(0, size // disk.SECTOR, MIB // disk.SECTOR)
+        for sector in sectors:
             data = os.urandom(MIB)
-            self._blk.request(blk_header(disk.Type.OUT, offset) + data, 1)
+            self._blk.write(sector, data)
             written.update(data)
-        for offset in range(0, size, MIB):
-            # The last byte is the status.
-            read.update(self._blk.request(blk_header(disk.Type.IN, offset), MIB + 1)[:-1])
+        for sector in sectors:
+            read.update(self._blk.read(sector, MIB))
         return written.hexdigest(), read.hexdigest()
 
     def ask(self, question: str) -> str:
-        answer = self._received.submit(writable=64)
-        self._transmitted.request(question.encode())
-        name = answer.wait().decode().strip()
-        self._transmitted.request(f"hello, {name}\n".encode())
+        self._console.write(question.encode())
+        name = self._console.read_line().decode().strip()
+        self._console.write(f"hello, {name}\n".encode())
         return name
 
     def temperature(self) -> float:
-        address = Tmp102.address << 1
-        # Register 0 is chosen, and two bytes of it are read; each message is answered with a status, too.
-        self._i2c.request(i2c.HEADER.pack(address, i2c.FAIL_NEXT) + b"\0", 1)
-        measured = self._i2c.request(i2c.HEADER.pack(address, i2c.M_RD), 3)[:-1]
+        (measured,) = self._i2c.transfer(Tmp102.address, b"\0", 2)
         return int.from_bytes(measured, "big", signed=True) / 16 * 0.0625
 
-    def _queues(self, path: Path, count: int) -> list[DriverQueue]:
-        frontend = self._stack.enter_context(Frontend.connect(path))
-        return frontend.negotiate().start_queues(count)
-
-
-def blk_header(kind: disk.Type, offset: int) -> bytes:
-    return disk.HEADER.pack(kind, offset // disk.SECTOR)
+    def _connect(self, device: Device) -> Frontend:
+        assert device.address is not None
+        return self._stack.enter_context(Frontend.connect(device.address)).negotiate()
 
 
 def rng(driver: Driver, devices: Devices) -> str:
