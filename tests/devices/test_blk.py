@@ -120,7 +120,12 @@ def ask(serve: Serve, connect: Connect, memory: Memory) -> Callable[..., Ask]:
         front.start(ring)
 
         def ask(kind: int, sector: int = 0, data: bytes = b"", room: int = 0) -> tuple[bytes, bytes]:
-            answer = front.exchange(ring, struct.pack("<IIQ", kind, 0, sector) + data, room + 1)
+            chain = ring.add([struct.pack("<IIQ", kind, 0, sector) + data], [room + 1])
+            # What nobody writes to is to be seen.
+            memory.write(chain.writable[0][0], b"\xaa" * (room + 1))
+            front.kick(ring)
+            [(_, length)] = ring.wait()
+            answer = chain.written(length)
             return answer[:-1], answer[-1:]
 
         return ask
@@ -171,6 +176,13 @@ def test_what_is_not_on_the_disk_is_an_error(
     assert request(kind, sector, data, room)[1] == blk.S_IOERR
     assert (image.read_bytes(), used(image)) == (content, taken)
     assert request(blk.Type.IN, 0, room=512) == (content[:512], blk.S_OK)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(11, blk.MAX_DISCARD_SECTORS), (13, blk.MAX_WRITE_ZEROES_SECTORS)])
+def test_a_range_that_is_too_long_is_an_error(ask: Callable[..., Ask], kind: int, most: int) -> None:
+    request = ask(Blk(8 << 30))
+    assert request(kind, 0, segments((7, most, 0), (8, most + 1, 0)))[1] == blk.S_IOERR
+    assert request(kind, 0, segments((7, most, 1 if kind == blk.Type.WRITE_ZEROES else 0)))[1] == blk.S_OK
 
 
 @pytest.mark.parametrize(
@@ -234,12 +246,22 @@ def test_a_disk_without_holes_ignores_a_discard_and_writes_zeroes(
 
 
 def test_a_read_only_disk_refuses_changes(ask: Callable[..., Ask], image: Path) -> None:
-    request, content = ask(Blk(image, read_only=True)), image.read_bytes()
+    with image.open("r+b") as file:
+        request, content = ask(Blk(file, read_only=True)), image.read_bytes()
     assert request(blk.Type.OUT, 0, bytes(512))[1] == blk.S_IOERR
     assert request(blk.Type.DISCARD, 0, segments((0, 8, 0)))[1] == blk.S_IOERR
     assert request(blk.Type.WRITE_ZEROES, 0, segments((0, 8, 0)))[1] == blk.S_IOERR
     assert request(blk.Type.FLUSH) == (b"", blk.S_OK)
     assert request(blk.Type.IN, 0, room=512) == (content[:512], blk.S_OK)
+    assert image.read_bytes() == content
+
+
+def test_a_flush_reaches_the_storage(ask: Callable[..., Ask], image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    disk = Blk(image)
+    assert ask(disk)(blk.Type.FLUSH) == (b"", blk.S_OK)
+    assert flushed == [disk.fileno()]
 
 
 @pytest.mark.parametrize("serial", ["", "S-1", "exactly-20-bytes-lon"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 import vhost_user as vu
 from devices.running import Boot, Program, wait_for
-from raw import CONFIG, MQ, PROTOCOL_FEATURES, REPLY_ACK, VERSION_1, Memory, Ring
+from raw import CONFIG, MQ, PROTOCOL_FEATURES, REPLY_ACK, VERSION_1, WRITE, Memory, Ring
 from specimens import Connect, Serve
 from vhost_user.devices import Blk, Console, PtyConsole, Rng, SocketConsole, StreamConsole, Tmp102, i2c
 from vhost_user.devices.console import BACKLOG
@@ -170,6 +171,37 @@ def test_typing_into_a_full_backlog_is_refused_whole() -> None:
     with pytest.raises(vu.QueueFull, match="65534 bytes wait for a guest that does not read; 3 do not fit"):
         console.write(b"abc")
     console.write(b"ab")
+
+
+def test_typing_goes_on_while_drivers_come_and_go(serve: Serve, connect: Connect, memory: Memory) -> None:
+    console = Console()
+    path = serve(console)
+    stop, failures = threading.Event(), list[Exception]()
+
+    def type_on() -> None:
+        while not stop.is_set():
+            try:
+                typed(console, b"12345678")
+            except Exception as error:
+                failures.append(error)
+                raise
+
+    writer = threading.Thread(target=type_on)
+    writer.start()
+    try:
+        for _ in range(30):
+            with connect(path) as front:
+                front.negotiate(PROTOCOL_FEATURES | VERSION_1, REPLY_ACK | MQ | CONFIG)
+                front.share(memory)
+                ring = Ring(memory, size=64)
+                for _ in range(64):
+                    ring.add([], [8])
+                front.start(ring)
+                ring.wait(64)
+    finally:
+        stop.set()
+        writer.join()
+    assert failures == []
 
 
 def test_a_buffer_of_any_size_is_filled(serve: Serve, connect: Connect, memory: Memory) -> None:
@@ -371,6 +403,28 @@ def test_any_stream_will_do(boot_raw: Boot) -> None:
         assert receive(ours.recv, 3) == b"out"
     wait_for(lambda: console._stream is None)
     guest.run("printf more > /dev/hvc0")
+
+
+def test_a_stream_waits_for_a_slow_driver_and_then_goes_on(serve: Serve, connect: Connect, memory: Memory) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        console = StreamConsole(theirs)
+        front = connect(serve(console))
+        front.negotiate()
+        front.share(memory)
+        ring = Ring(memory, size=16)
+        front.start(ring)
+        sender = threading.Thread(target=ours.sendall, args=[PATTERN])
+        sender.start()
+        wait_for(lambda: console._room == 0)
+        chain, received = ring.add([], [1000]), b""
+        while len(received) < len(PATTERN):
+            front.kick(ring)
+            [(_, length)] = ring.wait()
+            received += chain.written(length)
+            chain = dataclasses.replace(chain, head=ring.add_pieces([(*piece, WRITE) for piece in chain.writable]))
+        sender.join()
+    assert received == PATTERN
 
 
 # --- Together ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
+import raw
 import vhost_user as vu
 from devices.running import Boot, Program
+from specimens import Connect, Serve
 from vhost_user.devices import Tmp102, i2c
 from vhost_user.guest import Guest, Uml
 
@@ -201,6 +205,59 @@ def test_tmp102_measures_as_its_data_sheet_says(celsius: float, normal: int, ext
     assert sensor.temperature == normal
     sensor.configuration |= Tmp102.EXTENDED_MODE
     assert sensor.temperature == extended
+
+
+def test_tmp102_keeps_the_bits_that_are_constant() -> None:
+    sensor = Tmp102()
+    sensor.write(b"\x01\x00\x00")
+    assert sensor.configuration == 0x6020
+    sensor.write(b"\x01\xff\xff")
+    assert sensor.configuration == 0xFFFF
+
+
+# --- Message by message -----------------------------------------------------------------------------------------------
+
+
+class Bus:
+    """A driver that sends what it is told to a chip and a memory."""
+
+    def __init__(self, front: raw.FrontEnd, memory: raw.Memory) -> None:
+        self.front = front
+        self.ring = raw.Ring(memory)
+        front.negotiate()
+        front.share(memory)
+        front.start(self.ring)
+
+    def ask(self, address: int, flags: int, data: bytes = b"", room: int = 0) -> bytes:
+        return self.front.exchange(self.ring, struct.pack("<HHI", address, 0, flags) + data, room + 1)
+
+    def restart(self) -> None:
+        self.front.stop(self.ring)
+        self.ring.clear()
+        self.front.start(self.ring)
+
+
+@pytest.fixture
+def bus(serve: Serve, connect: Connect, memory: raw.Memory) -> Bus:
+    return Bus(connect(serve(i2c.Adapter(Chip(), Memory()))), memory)
+
+
+def test_a_message_either_reads_or_writes(bus: Bus) -> None:
+    assert bus.ask(0x40, i2c.M_RD, b"data", 1)[-1:] == i2c.ERR
+    assert bus.ask(0x40, 0, b"\x00", 1)[-1:] == i2c.ERR
+    assert bus.ask(0x40, 0, b"\x00") == i2c.OK
+    assert bus.ask(0x40, i2c.M_RD, room=1) == b"\x5a" + i2c.OK
+
+
+def test_an_address_that_is_not_7_bits_is_nobodys(bus: Bus) -> None:
+    assert [bus.ask(address, 0) for address in (0x40, 0x41, 0x140, 0x8040)] == [i2c.OK, i2c.ERR, i2c.ERR, i2c.ERR]
+
+
+def test_a_transfer_that_was_left_open_does_not_fail_the_next_drivers(bus: Bus) -> None:
+    assert bus.ask(0x22, i2c.FAIL_NEXT) == i2c.ERR
+    assert bus.ask(0x40, i2c.FAIL_NEXT) == i2c.ERR
+    bus.restart()
+    assert bus.ask(0x40, 0) == i2c.OK
 
 
 # --- In a guest ------------------------------------------------------------------------------------------------------
