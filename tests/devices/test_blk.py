@@ -9,6 +9,7 @@ import itertools
 import os
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -390,7 +391,7 @@ def test_a_file_system_is_made_written_and_verified(boot: Boot, tmp_path: Path, 
 def test_direct_access_is_verified(boot: Boot, tmp_path: Path) -> None:
     disk = Blk(64 * MIB, num_queues=8)
     guest = boot(disk)
-    assert guest.run(f"python3 -c '{DIRECT}'").text == "[]"
+    assert guest.run(f"{sys.executable} -c '{DIRECT}'").text == "[]"
     block = hashlib.sha256((16384).to_bytes(8, "big")).digest()
     assert os.pread(disk.fileno(), 32, 16384) == block
 
@@ -487,7 +488,7 @@ def test_a_disk_is_resized_while_it_works(boot: Boot) -> None:
     resizer = threading.Thread(target=resize)
     resizer.start()
     try:
-        assert guest.run(f"python3 -c '{DIRECT}'").text == "[]"
+        assert guest.run(f"{sys.executable} -c '{DIRECT}'").text == "[]"
     finally:
         stop.set()
         resizer.join()

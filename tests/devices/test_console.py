@@ -204,6 +204,26 @@ def test_typing_goes_on_while_drivers_come_and_go(serve: Serve, connect: Connect
     assert failures == []
 
 
+def test_typing_survives_a_driver_that_breaks_its_queue(serve: Serve, connect: Connect, memory: Memory) -> None:
+    console = Console()
+    front = connect(serve(console))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory)
+    ring.add([], [8])
+    front.start(ring)
+    wait_for(lambda: console.receiveq.in_flight == 1)
+    ring.add_pieces([(0x10, 8, WRITE)])
+    front.kick(ring)
+    wait_for(lambda: console.receiveq.status == "broken")
+    console.write(b"typed")
+    ring.clear()
+    chain = ring.add([], [8])
+    front.start(ring)
+    [(_, length)] = ring.wait()
+    assert chain.written(length) == b"typed"
+
+
 def test_a_buffer_of_any_size_is_filled(serve: Serve, connect: Connect, memory: Memory) -> None:
     """Linux has pages; others have less."""
     console = Console()

@@ -120,6 +120,7 @@ def _give_back(buffer: Request, data: bytes) -> bool:
         buffer.write(data)
         buffer.complete()
     except RequestRevoked:
+        # It went while another thread typed: we have yet to hear of it.
         return False
     return True
 
