@@ -35,13 +35,18 @@ VERSION_1 = 1 << 32
 LOCAL_MODES = 3
 
 DEVICES = """
-    import enum, os, time
+    from __future__ import annotations
+    import dataclasses, enum, os, time
     from pathlib import Path
     import vhost_user as vu
 
     class Colour(enum.Enum):
         RED = 1
         GREEN = 2
+
+    @dataclasses.dataclass
+    class NeedsItsModule:
+        size: int
 
     class Rng(vu.Device, device_id=vu.DeviceId.RNG):
         requestq = vu.Queue()
@@ -174,6 +179,12 @@ def wait_for_instructions(process: subprocess.Popen[str]) -> list[str]:
 @pytest.mark.parametrize("target", ["devices:Rng", "devices.py:Rng", "./devices.py:Rng", "lonely", "lonely.py"])
 def test_run_serves_a_class(start: Start, sock: Path, target: str) -> None:
     start("run", target, "--socket-path", str(sock))
+    with connect(sock) as connection:
+        assert features_of(connection) & VERSION_1
+
+
+def test_the_script_looks_for_modules_in_the_current_folder(start: Start, sock: Path) -> None:
+    start("run", "devices:Rng", "--socket-path", str(sock), program=[str(script_path())])
     with connect(sock) as connection:
         assert features_of(connection) & VERSION_1
 
@@ -448,7 +459,7 @@ def test_a_live_socket_is_left_alone(start: Start, folder: Path, sock: Path) -> 
 def test_a_file_that_is_not_a_socket_is_left_alone(folder: Path) -> None:
     ended = run(folder, "run", "devices:Rng", "--socket-path", "devices.py")
     assert (ended.returncode, "devices.py: the file is not a socket" in ended.stderr) == (1, True)
-    assert (folder / "devices.py").read_text().startswith("\nimport")
+    assert (folder / "devices.py").read_text().startswith("\nfrom __future__")
 
 
 def test_a_descriptor_that_is_not_a_socket_is_refused(folder: Path) -> None:
@@ -559,7 +570,19 @@ def test_qemu_takes_what_is_to_be_pasted(start: Start, folder: Path, arguments: 
     path = folder / "a,comma and blank.sock"
     _, line, _ = wait_for_instructions(start(*arguments, "--socket-path", str(path)))
     qemu = _newest_build("qemu-*/vmlinuz").parent / "qemu-system-x86_64"
-    machine = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-S", "-monitor", "stdio"]
+    machine = [
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        "q35",
+        "-S",
+        "-monitor",
+        "stdio",
+        "-smp",
+        "4",
+    ]
     ended = subprocess.run(
         [qemu, *machine, *shlex.split(line)[1:]],
         input="info virtio\nquit\n",
