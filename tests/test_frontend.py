@@ -304,12 +304,15 @@ def test_threads_wait_for_their_own_requests(connect: Connected) -> None:
             if answer != text[::-1]:
                 wrong.append((text, answer))
 
+    began = time.monotonic()
     threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
+    # Nobody was left waiting for the deadline.
+    assert time.monotonic() - began < queue.timeout
 
 
 def test_a_callback_is_called_though_nobody_waits(connect: Connected) -> None:

@@ -293,8 +293,9 @@ def test_a_console_is_talked_to() -> None:
         assert console.size == (132, 50)
         with pytest.raises(vu.PeerTimeout):
             console.read(1, timeout=0.05)
-        console.write(b"still there")
-        assert console.read(11) == b"STILL THERE"
+        for _ in range(9):
+            console.write(b"still there")
+            assert console.read(11) == b"STILL THERE"
 
 
 def test_a_sensor_is_read_in_one_transfer() -> None:
@@ -304,6 +305,28 @@ def test_a_sensor_is_read_in_one_transfer() -> None:
         assert bus.transfer(Tmp102.address, b"\0", 2) == [(int(21.5 * 16) << 4).to_bytes(2, "big")]
         assert bus.transfer(Tmp102.address, b"\2\x12\x30", b"\2", 2) == [b"\x12\x30"]
         assert bus.transfer(Tmp102.address) == []
+
+
+def test_a_transfer_is_one_to_its_target() -> None:
+    class Listener(i2c.Target, address=0x10):
+        def __init__(self) -> None:
+            self.heard: list[object] = []
+
+        def write(self, data: bytes) -> None:
+            self.heard.append(data)
+
+        def read(self, count: int) -> bytes:
+            self.heard.append(count)
+            return bytes(count)
+
+        def stop(self) -> None:
+            self.heard.append("stop")
+
+    listener = Listener()
+    with I2cDriver.connect(i2c.Adapter(listener)) as bus:
+        assert bus.transfer(0x10, b"ab", 3, b"c") == [bytes(3)]
+        bus.transfer(0x10)
+    assert listener.heard == [b"ab", 3, b"c", "stop", b"", "stop"]
 
 
 def test_a_transfer_that_is_not_acknowledged_says_which_message() -> None:

@@ -103,13 +103,7 @@ def _stop_queues(frontend: Frontend) -> None:
 @contextlib.contextmanager
 def _reported() -> Iterator[list[str]]:
     """What the core reports of requests and buffers, from whichever thread."""
-    reports: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if DROPPED in record.getMessage():
-                reports.append(record.getMessage())
-
+    listener = _Listener()
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -122,17 +116,28 @@ def _reported() -> Iterator[list[str]]:
             line: str | None = None,
         ) -> None:
             if LEAKED in str(message):
-                reports.append(f"{filename}:{lineno}: {message}")
+                listener.reports.append(f"{filename}:{lineno}: {message}")
             else:
                 show(message, category, filename, lineno, file, line)
 
         warnings.filterwarnings("always", f".*{LEAKED}", ResourceWarning)
         warnings.showwarning = listen
-        listener = Listener()
         logger = logging.getLogger("vhost_user")
         logger.addHandler(listener)
         try:
-            yield reports
+            yield listener.reports
         finally:
             logger.removeHandler(listener)
             warnings.showwarning = show
+
+
+class _Listener(logging.Handler):
+    """Hears of requests that were dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if DROPPED in record.getMessage():
+            self.reports.append(record.getMessage())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..frontend import Frontend
     from .drivers import Driver
 
-    D = TypeVar("D", bound=Driver)
+D = TypeVar("D", bound="Driver")
 
 
 class ConnectDevice(Protocol):
