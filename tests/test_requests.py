@@ -11,7 +11,6 @@ import os
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -548,23 +547,31 @@ def test_an_exception_that_means_the_end_ends_serving_after_requests_in_flight_a
 def test_async_handlers_run_at_the_same_time_and_complete_in_any_order(
     serve: Serve, connect: Connect, memory: Memory
 ) -> None:
-    class Sleeper(vu.Device, device_id=NO_TYPE):
+    class Meeting(vu.Device, device_id=NO_TYPE):
         requestq = vu.Queue()
 
-        @requestq.handler
-        async def sleep(self, request: vu.Request) -> None:
-            [tenths] = request.unpack("B")
-            await asyncio.sleep(tenths / 20)
-            request.write(bytes([tenths]))
+        def __init__(self) -> None:
+            self.guests: dict[int, asyncio.Event] = {}
 
-    front = connect(serve(Sleeper()))
+        @requestq.handler
+        async def meet(self, request: vu.Request) -> None:
+            """Leave when all four are there, the last one first."""
+            [number] = request.unpack("B")
+            self.guests[number] = asyncio.Event()
+            if len(self.guests) == 4:
+                self.guests[3].set()
+            await self.guests[number].wait()
+            request.write(bytes([number]))
+            request.complete()
+            if number:
+                self.guests[number - 1].set()
+
+    front = connect(serve(Meeting()))
     ring = start(front, memory)
-    chains = {ring.add([bytes([tenths])], [1]).head: tenths for tenths in (3, 1, 2, 0)}
-    before = time.monotonic()
+    chains = [ring.add([bytes([number])], [1]) for number in range(4)]
     front.kick(ring)
-    order = [chains[head] for head, _ in ring.wait(4)]
-    assert order == [0, 1, 2, 3]
-    assert time.monotonic() - before < 0.29
+    assert ring.wait(4) == [(chain.head, 1) for chain in reversed(chains)]
+    assert [chain.written(1) for chain in chains] == [b"\0", b"\1", b"\2", b"\3"]
 
 
 def test_an_async_handler_that_raises_is_logged_and_answered(
