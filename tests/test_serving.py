@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import textwrap
@@ -567,6 +568,26 @@ def test_ctrl_c_ends_serving_in_good_order(path: Path, memory: Memory, line: str
     assert output == "stopped\n"
     assert "KeyboardInterrupt" in errors
     assert not path.exists()
+
+
+def test_a_front_end_that_never_stops_talking_does_not_hold_the_end_up(path: Path) -> None:
+    message = struct.pack("=III", Id.SET_OWNER, 1, 0)
+
+    def talk(front: FrontEnd) -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                front.socket.sendall(message * 1000)
+
+    with program(f"Reverse().serve({str(path)!r})") as process, FrontEnd(path) as front:
+        talking = threading.Thread(target=talk, args=[front])
+        talking.start()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(5) == -signal.SIGINT
+        finally:
+            process.kill()
+            talking.join()
 
 
 def test_ctrl_c_in_the_main_thread_leaves_a_device_in_another_one_alone_until_it_is_stopped(path: Path) -> None:
