@@ -36,6 +36,7 @@ COMMANDS = {
     "i2c": Row("serve an I2C adapter with targets written in Python", "builtin:i2c"),
     "demo": Row("boot a Linux kernel with four devices, and show what it saw", "demo:configure"),
     "info": Row("show what a back-end tells of itself", "info:configure"),
+    "trace": Row("show what a front-end and a back-end say to each other", "trace:configure"),
 }
 
 EXAMPLES = """\

@@ -1,0 +1,591 @@
+"""What is between a front-end and a back-end: it changes nothing, and sees everything."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import raw
+import vhost_user as vu
+from raw import Id
+from specimens import Reverse, Serve
+from storage_daemon import storage_daemon
+from vhost_user.devices import Rng
+from vhost_user.guest import Uml
+from vhost_user.trace.model import Record, from_json, to_json
+from vhost_user.trace.proxy import Proxy, Source, running
+from vhost_user.trace.views import JsonLines, Lines
+
+#: Puts a proxy in front of a back-end. Returns its socket, and the records that come.
+Trace = Callable[..., tuple[Path, list[Record]]]
+
+
+@pytest.fixture
+def trace(level: None, tmp_path: Path) -> Iterator[Trace]:
+    with contextlib.ExitStack() as proxies:
+
+        def start(back_end: Path, **options: bool) -> tuple[Path, list[Record]]:
+            path = tmp_path / f"traced{len(list(tmp_path.glob('traced*')))}.sock"
+            records: list[Record] = []
+            proxies.enter_context(running(Proxy(path, back_end, records.append, **options)))
+            return path, records
+
+        yield start
+
+
+@pytest.fixture
+def front_end(level: None) -> Iterator[Callable[[Path], raw.FrontEnd]]:
+    """Connect a raw front-end, which is gone before what it is connected to."""
+    with contextlib.ExitStack() as front_ends:
+        yield lambda path: front_ends.enter_context(raw.FrontEnd(path))
+
+
+class Counter(vu.Device, device_id=0x7FFF):
+    """Has something to tell of its own."""
+
+    requestq = vu.Queue()
+    count = vu.config.u32()
+
+
+def names(records: list[Record], sender: str = "front-end") -> list[str]:
+    return [record.decoded.name for record in records if record.event == "message" and record.sender == sender]
+
+
+def first(records: list[Record], name: str) -> Record:
+    return next(record for record in records if record.event == "message" and record.decoded.name == name)
+
+
+def seen(records: list[Record], event: str, count: int = 1) -> list[Record]:
+    """Records of a kind, once there are so many."""
+    raw.wait_until(lambda: sum(record.event == event for record in records) >= count, f"{count} times {event}")
+    return [record for record in records if record.event == event]
+
+
+# --- Seeing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_does_not_notice_and_everything_is_seen(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Rng(lambda count: b"R" * count)), ring=True)
+    with Uml([(path, vu.DeviceId.RNG)]) as guest:
+        assert guest.run("dd if=/dev/hwrng bs=64 count=1 iflag=fullblock status=none").stdout == b"R" * 64
+    seen(records, "closed", 2)
+    assert names(records)[:4] == ["SET_OWNER", "GET_FEATURES", "GET_PROTOCOL_FEATURES", "SET_PROTOCOL_FEATURES"]
+    assert [record.problem for record in records if record.problem] == []
+
+    answers = [record for record in records if record.event == "message" and record.decoded.answer]
+    assert len(answers) > 10
+    assert all(record.latency is not None and 0 < record.latency < 5e9 for record in answers)
+    (table,) = [record for record in records if record.event == "message" and record.decoded.name == "SET_MEM_TABLE"][
+        :1
+    ]
+    assert [(each.kind, each.size) for each in table.descriptors] == [("file", 128 << 20)]
+    (kick,) = [record for record in records if record.event == "message" and record.decoded.name == "SET_VRING_KICK"][
+        :1
+    ]
+    assert [each.kind for each in kick.descriptors] == ["eventfd"]
+
+    requests, completions = seen(records, "request"), seen(records, "completion")
+    assert len(requests) == len(completions)
+    last = completions[-1].activity
+    assert last is not None
+    assert last.written == 64
+    assert last.data == b"R" * 32
+
+
+def test_a_disk_that_nobody_here_wrote_is_seen_too(level: None, tmp_path: Path, trace: Trace) -> None:
+    with storage_daemon(tmp_path) as disk:
+        path, records = trace(disk, ring=True)
+        with Uml([(path, vu.DeviceId.BLOCK)]) as guest:
+            guest.run("printf 'on the disk' | dd of=/dev/vda bs=512 conv=sync oflag=direct status=none")
+            read = guest.run("dd if=/dev/vda bs=512 count=1 iflag=direct status=none").stdout
+        assert read.startswith(b"on the disk")
+        seen(records, "closed", 1)
+    assert "GET_CONFIG" in names(records)
+    assert [record.problem for record in records if record.problem] == []
+    # A status alone for what was written, and one behind what was read.
+    written = {record.activity.written for record in seen(records, "completion") if record.activity}
+    assert {1, 513} <= written
+
+
+def with_a_channel(guest: raw.FrontEnd, memory: raw.Memory) -> raw.Channel:
+    """Set up so far that the device may tell something."""
+    guest.negotiate(protocol=raw.REPLY_ACK | raw.BACKEND_REQ | raw.CONFIG)
+    channel = guest.open_backend_channel()
+    guest.share(memory)
+    guest.start(raw.Ring(memory))
+    return channel
+
+
+def test_what_the_back_end_asks_is_seen(
+    serve: Serve, trace: Trace, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory
+) -> None:
+    device = Counter()
+    path, records = trace(serve(device))
+    channel = with_a_channel(front_end(path), memory)
+    device.count = 7
+    assert channel.receive().request == raw.CONFIG_CHANGE
+    channel.send(raw.CONFIG_CHANGE, raw.u64(0), flags=raw.REPLY)
+    raw.wait_until(lambda: sum(record.channel == "back-end" for record in records) == 2, "request and answer")
+    asked, answered = (record for record in records if record.channel == "back-end")
+    assert (asked.decoded.name, asked.sender, asked.problem) == ("BACKEND_CONFIG_CHANGE_MSG", "back-end", None)
+    assert (answered.is_answer, answered.sender, answered.decoded.fields) == (True, "front-end", {"value": 0})
+    assert answered.latency is not None
+
+
+def test_the_channel_can_be_left_alone(
+    serve: Serve, trace: Trace, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory
+) -> None:
+    device = Counter()
+    path, records = trace(serve(device), channel=False)
+    channel = with_a_channel(front_end(path), memory)
+    device.count = 7
+    assert channel.receive().request == raw.CONFIG_CHANGE
+    assert [record for record in records if record.channel == "back-end"] == []
+
+
+def test_every_record_survives_json(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Rng()), ring=True)
+    with Uml([(path, vu.DeviceId.RNG)]) as guest:
+        guest.run("head -c 64 /dev/hwrng")
+    seen(records, "closed", 2)
+    out = io.StringIO()
+    write = JsonLines(out)
+    for record in records:
+        write(record)
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [from_json(line) for line in lines] == records
+    assert {line["event"] for line in lines} == {"opened", "message", "closed", "request", "completion"}
+    (features,) = [line for line in lines if line.get("name") == "SET_FEATURES"][:1]
+    assert "VERSION_1" in features["fields"]["names"]
+
+
+def test_a_line_is_shown_for_each_record(serve: Serve, trace: Trace, front_end: Callable[[Path], raw.FrontEnd]) -> None:
+    path, records = trace(serve(Reverse()))
+    guest = front_end(path)
+    guest.negotiate()
+    guest.send(77, b"?")
+    assert guest.is_closed()
+    seen(records, "closed")
+    out = io.StringIO()
+    write = Lines(out)
+    for record in records:
+        write(record)
+    lines = out.getvalue().splitlines()
+    assert "connected" in lines[0]
+    assert any("<-  SET_OWNER                 ok  (" in line for line in lines)
+    assert any("->  SET_PROTOCOL_FEATURES?    9 MQ REPLY_ACK" in line for line in lines)
+    assert any("request 77" in line and "! unknown request 77 of the front-end" in line for line in lines)
+    assert "the back-end closed the connection" in lines[-1]
+    assert "\x1b" not in out.getvalue()
+
+
+# --- Changing nothing -------------------------------------------------------------------------------------------------
+
+#: Pieces of a stream, each with the number of descriptors that its first byte has.
+pieces = st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.integers(0, 3)), min_size=1, max_size=12)
+
+
+def arrivals(end: socket.socket, count: int) -> tuple[bytes, dict[int, list[int]]]:
+    """So many bytes, and what came with each: sizes of the memory behind the descriptors."""
+    data, found = b"", {}
+    while len(data) < count:
+        byte, numbers, _, _ = socket.recv_fds(end, 1, 253)
+        assert byte, f"closed after {len(data)} of {count} bytes"
+        if numbers:
+            found[len(data)] = [os.fstat(number).st_size for number in numbers]
+            for number in numbers:
+                os.close(number)
+        data += byte
+    return data, found
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(stream=pieces, waits=st.booleans())
+def test_bytes_and_descriptors_go_on_as_they_came(
+    pipe: tuple[socket.socket, socket.socket], stream: list[tuple[bytes, int]], waits: bool
+) -> None:
+    sender, receiver = pipe
+    expected: dict[int, list[int]] = {}
+    at = 0
+    for number, (data, count) in enumerate(stream):
+        memories = [os.memfd_create("test") for _ in range(count)]
+        sizes = [100 * number + each for each in range(count)]
+        for memory, size in zip(memories, sizes, strict=True):
+            os.truncate(memory, size)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", memories))] if memories else []
+        assert sender.sendmsg([data], rights) == len(data)
+        if memories:
+            expected[at] = sizes
+        at += len(data)
+        for memory in memories:
+            os.close(memory)
+        if waits:
+            time.sleep(0.0005)
+    assert arrivals(receiver, at) == (b"".join(data for data, _ in stream), expected)
+
+
+@pytest.fixture(params=["to the back-end", "to the front-end"])
+def pipe(request: pytest.FixtureRequest, level: None, tmp_path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection through a proxy that looks at everything it can."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "back-end"))
+        listener.listen()
+        proxy = Proxy(tmp_path / "traced", tmp_path / "back-end", lambda record: None, ring=True)
+        stack.enter_context(running(proxy))
+        front_end = stack.enter_context(socket.socket(socket.AF_UNIX))
+        front_end.connect(str(tmp_path / "traced"))
+        back_end = stack.enter_context(listener.accept()[0])
+        for end in (front_end, back_end):
+            end.settimeout(5)
+        stack.callback((tmp_path / "back-end").unlink)
+        yield (front_end, back_end) if request.param == "to the back-end" else (back_end, front_end)
+
+
+def test_more_than_the_sockets_hold_waits_for_the_reader(pipe: tuple[socket.socket, socket.socket]) -> None:
+    sender, receiver = pipe
+    sender.setblocking(False)
+    block, sent = bytes(range(256)) * 256, 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += sender.send(block[sent % len(block) :])
+            time.sleep(0.001)
+    assert sent > len(block)
+    received = b""
+    while len(received) < sent:
+        received += receiver.recv(1 << 16)
+    assert received == (block * (sent // len(block) + 1))[:sent]
+
+
+def test_the_end_of_a_connection_goes_on(pipe: tuple[socket.socket, socket.socket]) -> None:
+    sender, receiver = pipe
+    sender.sendall(b"\x01\0\0\0\x01")
+    sender.close()
+    assert receiver.recv(100) == b"\x01\0\0\0\x01"
+    assert receiver.recv(100) == b""
+
+
+def test_descriptors_are_told_apart_by_the_byte_that_they_came_with() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.send(b"before")
+        socket.send_fds(ours, [b"with"], [ours.fileno()])
+        socket.send_fds(ours, [b"too"], [ours.fileno()] * 2)
+        ours.send(b"after")
+        source = Source(theirs)
+        found = [source.read() for _ in range(3)]
+        for number in (number for _, numbers in found for number in numbers):
+            os.close(number)
+        assert [(data, len(numbers)) for data, numbers in found] == [(b"before", 0), (b"with", 1), (b"tooafter", 2)]
+
+
+# --- Bad peers --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_message_is_shown_and_goes_on(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Reverse()))
+    with raw.FrontEnd(path) as guest:
+        guest.send(Id.GET_FEATURES, b"", size=1 << 31)
+        assert guest.is_closed()
+    (strange,) = seen(records, "bytes")
+    assert strange.data == raw.HEADER.pack(Id.GET_FEATURES, raw.REQUEST, 1 << 31)
+    assert "more than any message has" in strange.text
+    seen(records, "closed")
+    with raw.FrontEnd(path) as guest:
+        guest.send_bytes(raw.HEADER.pack(Id.SET_FEATURES, raw.REQUEST, 8)[:7])
+    (cut,) = seen(records, "bytes", 2)[1:]
+    assert cut.text == "the connection ended after 7 of the 12 bytes of a header"
+    assert cut.connection == 2
+
+
+def test_a_descriptor_on_a_later_byte_is_shown(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Reverse()))
+    message = raw.HEADER.pack(Id.SET_VRING_CALL, raw.NEED_REPLY, 8) + raw.vring_descriptor(0)
+    with raw.FrontEnd(path) as guest, contextlib.closing(raw.Eventfd()) as call:
+        guest.send_bytes(message[:14])
+        guest.send_bytes(message[14:], [call.peer])
+        assert guest.reply_to(Id.SET_VRING_CALL) != raw.u64(0)
+    (shown,) = [record for record in records if record.event == "message" and not record.is_answer]
+    assert [(descriptor.kind, descriptor.offset) for descriptor in shown.descriptors] == [("eventfd", 14)]
+    assert shown.problem is not None
+    assert "byte 14" in shown.problem
+
+
+def test_a_missing_back_end_turns_the_front_end_away_and_the_next_is_served(
+    trace: Trace, level: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, records = trace(tmp_path / "nobody")
+    with raw.FrontEnd(path) as guest:
+        assert guest.is_closed()
+    (note,) = seen(records, "note")
+    assert "nobody: No such file or directory" in note.text
+    assert "start the back-end, or choose another --connect" in caplog.text
+    with Rng().start(tmp_path / "nobody"), raw.FrontEnd(path) as guest:
+        assert guest.get_u64(Id.GET_FEATURES)
+
+
+def test_front_ends_are_told_apart(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Reverse()))
+    for _ in range(3):
+        with raw.FrontEnd(path) as guest:
+            guest.negotiate()
+    closed = seen(records, "closed", 3)
+    assert [(record.connection, record.sender) for record in closed] == [(number, "front-end") for number in (1, 2, 3)]
+
+
+def test_both_sides_may_go_at_once(level: None, tmp_path: Path) -> None:
+    looked_at, go_on = threading.Event(), threading.Event()
+
+    def hold(record: Record) -> None:
+        if record.event == "message":
+            looked_at.set()
+            assert go_on.wait(5)
+
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "back-end"))
+        stack.callback((tmp_path / "back-end").unlink)
+        listener.listen()
+        proxy = stack.enter_context(running(Proxy(tmp_path / "traced", tmp_path / "back-end", hold)))
+        with raw.FrontEnd(tmp_path / "traced") as guest:
+            back_end, _ = listener.accept()
+            guest.send(Id.SET_OWNER)
+            assert looked_at.wait(5)
+            guest.send(Id.SET_OWNER)
+            back_end.close()
+        go_on.set()
+        raw.wait_until(lambda: not proxy.front_ends, "the connection is over")
+
+
+# --- Rings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_requests_and_completions_are_seen_in_the_ring(
+    serve: Serve,
+    trace: Trace,
+    front_end: Callable[[Path], raw.FrontEnd],
+    memory: raw.Memory,
+    indirect: bool,
+) -> None:
+    path, records = trace(serve(Reverse()), ring=True)
+    guest = front_end(path)
+    guest.negotiate(features=raw.PROTOCOL_FEATURES | raw.VERSION_1 | raw.INDIRECT_DESC)
+    guest.share(memory)
+    ring = raw.Ring(memory)
+    guest.start(ring)
+    for number in range(40):
+        data = f"request {number}".encode()
+        assert guest.exchange(ring, data, 32, indirect=indirect) == data[::-1]
+        seen(records, "completion", number + 1)
+    requests = [record.activity for record in seen(records, "request") if record.activity]
+    completions = [record.activity for record in seen(records, "completion") if record.activity]
+    assert [activity.index for activity in requests] == list(range(40)) == [activity.index for activity in completions]
+    assert [activity.data for activity in requests] == [f"request {number}".encode() for number in range(40)]
+    assert [activity.data for activity in completions] == [f"request {number}".encode()[::-1] for number in range(40)]
+    assert {activity.indirect for activity in requests} == {indirect}
+    assert {activity.writable[0].size for activity in requests} == {32}
+    assert guest.stop(ring) == 40
+
+
+def test_a_ring_is_followed_from_its_base_and_not_after_its_stop(
+    serve: Serve, trace: Trace, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory
+) -> None:
+    path, records = trace(serve(Reverse()), ring=True)
+    guest = front_end(path)
+    guest.negotiate()
+    guest.share(memory)
+    ring = raw.Ring(memory)
+    ring.clear(65535)
+    guest.start(ring, 65535)
+    for _ in range(3):
+        guest.exchange(ring, b"x", 1)
+    base = guest.stop(ring)
+    assert base == 2
+    indices = [record.activity.index for record in seen(records, "completion", 3) if record.activity]
+    assert indices == [65535, 0, 1]
+    ring.avail_index += 5
+    assert guest.get_u64(Id.GET_FEATURES)
+    time.sleep(raw.QUIET)
+    assert len(seen(records, "request")) == 3
+
+
+def test_memory_that_goes_away_and_garbage_in_it_are_survived(
+    trace: Trace, level: None, tmp_path: Path, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory
+) -> None:
+    # A back-end that answers everything and touches nothing, so that only the tracer is tried.
+    with Silent(tmp_path / "silent"):
+        path, records = trace(tmp_path / "silent", ring=True)
+        guest = front_end(path)
+        guest.negotiate()
+        guest.share(memory)
+        ring = raw.Ring(memory)
+        guest.start(ring)
+        ring.set_descriptor(0, 0xDEAD_0000, 64, raw.NEXT, 0)
+        ring.offer(0, 999)
+        loops, out_of_range = seen(records, "request", 2)
+        assert "loops" in loops.text
+        assert "999 does not exist" in out_of_range.text
+        ring.avail_index += 1000
+        assert "what lies between is lost" in seen(records, "note")[0].text
+        os.truncate(memory.descriptor, 0)
+        raw.wait_until(lambda: any("shorter than the region" in record.text for record in records), "a note")
+        assert guest.get_u64(Id.GET_FEATURES) == 0
+        os.truncate(memory.descriptor, memory.size)
+
+
+def test_the_kick_is_the_back_ends(
+    trace: Trace, level: None, tmp_path: Path, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory
+) -> None:
+    with Silent(tmp_path / "silent") as silent:
+        path, _ = trace(tmp_path / "silent", ring=True)
+        guest = front_end(path)
+        guest.negotiate()
+        guest.share(memory)
+        guest.start(raw.Ring(memory))
+        kick = silent.descriptors[Id.SET_VRING_KICK]
+        before = memory.map[:]
+        os.eventfd_write(kick, 3)
+        time.sleep(raw.QUIET)
+        assert os.eventfd_read(kick) == 3
+        assert memory.map[:] == before
+
+
+class Silent:
+    """A back-end that acknowledges everything, and keeps the last descriptor of every request."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptors: dict[int, int] = {}
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+
+    def __enter__(self) -> Silent:
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._path.unlink()
+
+    def _serve(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        with connection:
+            channel = raw.Channel(connection)
+            connection.settimeout(None)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    message = channel.receive()
+                    for number in message.descriptors:
+                        before = self.descriptors.pop(message.request, None)
+                        if before is not None:
+                            os.close(before)
+                        self.descriptors[message.request] = number
+                    channel.send(message.request, raw.u64(0), flags=raw.REPLY)
+        for number in self.descriptors.values():
+            os.close(number)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def vhost_user(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vhost_user", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def listening(command: subprocess.Popen[str]) -> str:
+    """What the command says once front-ends can connect."""
+    assert command.stderr is not None
+    said = ""
+    while "Ctrl-C ends it" not in said:
+        line = command.stderr.readline()
+        assert line, f"the command ended: {said}"
+        said += line
+    return said
+
+
+def test_the_command_ends_with_the_front_end_and_leaves_a_file(serve: Serve, tmp_path: Path) -> None:
+    path, file = tmp_path / "traced", tmp_path / "trace.jsonl"
+    back_end = serve(Reverse())
+    with vhost_user("trace", "--listen", path, "--connect", back_end, "--json", file, "--once") as command:
+        said = listening(command)
+        with raw.FrontEnd(path) as guest:
+            guest.negotiate()
+        out, error = command.communicate(timeout=10)
+    assert command.returncode == 0, error
+    assert "let the front-end connect to" in said
+    assert "SET_PROTOCOL_FEATURES" in out
+    recorded = [from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    assert names(recorded) == ["SET_OWNER", "SET_PROTOCOL_FEATURES", "SET_FEATURES"]
+    assert not path.exists()
+
+
+def test_the_command_ends_by_a_signal_and_json_goes_to_the_output(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "traced"
+    with vhost_user("trace", "--listen", path, "--connect", serve(Reverse()), "--json", "-") as command:
+        listening(command)
+        with raw.FrontEnd(path) as guest:
+            guest.negotiate()
+            command.terminate()
+            out, error = command.communicate(timeout=10)
+            assert guest.is_closed()
+    assert command.returncode == 0, error
+    assert {json.loads(line)["event"] for line in out.splitlines()} == {"opened", "message"}
+
+
+def test_without_a_back_end_the_command_says_so_and_fails(tmp_path: Path) -> None:
+    path, nobody = tmp_path / "traced", tmp_path / "nobody"
+    with vhost_user("trace", "--listen", path, "--connect", nobody, "--once") as command:
+        assert f"nothing is at {nobody} yet" in listening(command)
+        with raw.FrontEnd(path) as guest:
+            assert guest.is_closed()
+        _, error = command.communicate(timeout=10)
+    assert command.returncode == 1
+    assert f"{nobody}: No such file or directory: the front-end is turned away" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--listen", "a"], "say where the front-end connects, --listen, and where the back-end listens, --connect"),
+        (["--listen", "a", "--connect", "b", "--json", "-", "--pcapng", "-"], "only one of --json and --pcapng"),
+    ],
+)
+def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
+    with vhost_user("trace", *arguments) as command:
+        _, error = command.communicate(timeout=10)
+    assert command.returncode == 2
+    assert said in error
+
+
+def test_a_record_is_the_same_after_json() -> None:
+    record = Record(5, 1, "message", data=raw.HEADER.pack(77, 1, 2) + b"hi")
+    assert from_json(to_json(record)) == record
