@@ -412,9 +412,7 @@ class Runtime:
         self.device.on_features(features)
 
     def queue_started(self, index: int) -> None:
-        queue = self.queues[index]
-        self.device.on_queue_start(queue)
-        queue._on_buffers()
+        self.device.on_queue_start(self.queues[index])
 
     def queue_stopping(self, index: int) -> None:
         self.device.on_queue_stop(self.queues[index])
@@ -424,7 +422,9 @@ class Runtime:
         self.device.on_queue_error(self.queues[index], error)
 
     def buffers_available(self, index: int) -> None:
-        self.queues[index]._on_buffers()
+        queue = self.queues[index]
+        queue._on_buffers()
+        self.device.on_buffers(queue)
 
     def config_written(self, offset: int, data: bytes) -> None:
         device, storage = self.device, self.config

@@ -189,6 +189,10 @@ class Device:
     def on_queue_stop(self, queue: DeviceQueue) -> None:
         """The driver is taking the queue away, or lost it: complete the requests of it that you hold."""
 
+    def on_buffers(self, queue: DeviceQueue) -> None:
+        """The driver made buffers available on a queue without a handler: when it started it, and after a look that
+        found none. The backlog was served first."""
+
     def on_config_write(self, field: config.Field[Any], old: Any, new: Any) -> None:
         """The driver wrote to a writable configuration field."""
 

@@ -14,19 +14,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import tty
 import weakref
-from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from .. import config
 from .._core import Request
 from ..device import Device
-from ..errors import QueueFull, RequestRevoked
+from ..errors import ProtocolError, QueueFull, RequestRevoked
 from ..ids import DeviceId
 from ..loop import HasFileno, Loop, Watch
 from ..queues import DeviceQueue, Queue
@@ -36,6 +36,9 @@ F_SIZE = 1 << 0
 
 #: Bytes that are kept for a side that does not take them.
 BACKLOG = 1 << 16
+
+#: Seconds for which Linux throws away what is typed, after it has set up the queue for it, and without saying so.
+DEAF = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +61,13 @@ class Console(Device, device_id=DeviceId.CONSOLE):
         self.rows = rows
         self._lock = threading.Lock()
         self._typed = bytearray()
-        self._buffers: deque[Request] = deque()
+        self._is_heard = False
 
     def write(self, data: bytes) -> None:
         """Type `data`. From any thread.
 
         What the driver has no buffer for, since it is not there yet or nobody in the guest reads, is kept: up to 64
-        KiB, and from one guest to the next. Linux throws away what comes while its driver starts, which it does not
-        tell: wait for its first output.
+        KiB, and from one guest to the next.
 
         Raises:
             QueueFull: it would be more. Nothing was typed.
@@ -88,17 +90,21 @@ class Console(Device, device_id=DeviceId.CONSOLE):
     def take_output(self, request: Request) -> None:
         self.on_output(request.read())
 
-    @receiveq.handler
-    def keep_buffer(self, request: Request) -> None:
-        with self._lock:
-            self._buffers.append(request.detach())
-            self._type(b"")
+    def on_queue_start(self, queue: DeviceQueue) -> None:
+        if queue is self.receiveq:
+            self.loop.call_later(DEAF, self._listen)
 
     def on_queue_stop(self, queue: DeviceQueue) -> None:
         if queue is self.receiveq:
-            with self._lock:
-                while self._buffers:
-                    _give_back(self._buffers.popleft(), b"")
+            self._is_heard = False
+
+    def on_buffers(self, queue: DeviceQueue) -> None:
+        with self._lock:
+            self._type(b"")
+
+    def _listen(self) -> None:
+        self._is_heard = True
+        self.on_buffers(self.receiveq)
 
     @property
     def _room(self) -> int:
@@ -107,22 +113,12 @@ class Console(Device, device_id=DeviceId.CONSOLE):
     def _type(self, data: bytes) -> None:
         """Fill as many of the driver's buffers as are needed, or there."""
         self._typed += data
-        while self._typed and self._buffers:
-            buffer = self._buffers.popleft()
-            part = bytes(self._typed[: buffer.writable])
-            if _give_back(buffer, part):
-                del self._typed[: len(part)]
-
-
-def _give_back(buffer: Request, data: bytes) -> bool:
-    """Whether the driver of `buffer` is still there to take it."""
-    try:
-        buffer.write(data)
-        buffer.complete()
-    except RequestRevoked:
-        # It went while another thread typed: we have yet to hear of it.
-        return False
-    return True
+        # What a driver that breaks its queue, or goes away at this very moment, does not get is for the next one.
+        with contextlib.suppress(ProtocolError, RequestRevoked):
+            while self._typed and self._is_heard and (buffer := self.receiveq.take()):
+                count = buffer.write(self._typed[: buffer.writable])
+                buffer.complete()
+                del self._typed[:count]
 
 
 class StreamConsole(Console):
@@ -160,9 +156,9 @@ class StreamConsole(Console):
     def on_stream_end(self) -> None:
         """Whoever was at the other end of the stream is gone."""
 
-    def keep_buffer(self, request: Request) -> None:
+    def on_buffers(self, queue: DeviceQueue) -> None:
         was_full = self._room <= 0
-        super().keep_buffer(request)
+        super().on_buffers(queue)
         if was_full:
             self._exchange()
 
