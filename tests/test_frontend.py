@@ -108,6 +108,25 @@ def test_after_closing_nothing_goes_on(pair: Pair) -> None:
             call()
 
 
+def test_who_waits_is_told_that_the_front_end_was_closed(pair: Pair) -> None:
+    frontend, _ = pair()
+    queue = frontend.negotiate().queue(0)
+    threading.Timer(SHORT, frontend.close).start()
+    began = time.monotonic()
+    with pytest.raises(vu.StateError, match="queue 0: the front-end was closed"):
+        queue.submit(b"?").wait(60)
+    assert time.monotonic() - began < LONG
+
+
+def test_a_callback_may_close_the_front_end(pair: Pair) -> None:
+    frontend, back_end = pair()
+    completion = frontend.negotiate().queue(0).submit(b"?")
+    completion.add_done_callback(lambda completion: frontend.close())
+    back_end.rings[0].complete(back_end.rings[0].take())
+    raw.wait_until(lambda: frontend.closed, "the callback closes it")
+    assert completion.data == b""
+
+
 def test_a_front_end_that_is_not_closed_is_reported() -> None:
     ours, theirs = socket.socketpair()
     with theirs:

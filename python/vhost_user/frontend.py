@@ -218,11 +218,13 @@ class Frontend:
         return self._session.exchange(request, bytes(payload), descriptors)
 
     def close(self) -> None:
-        """Close the connection. Whoever waits for something gets a StateError or PeerClosed."""
+        """Close the connection. Whoever waits for a request gets a StateError, for a message PeerClosed."""
         session, self._open_session = self._open_session, None
+        queues = self._end_queues("the front-end was closed")
         if session is not None:
             session.close()
-        self._end_queues("the front-end was closed")
+        for queue in queues:
+            queue._quit_watcher()
 
     @property
     def closed(self) -> bool:
@@ -345,11 +347,13 @@ class Frontend:
             self._session.set_driver_ok()
             self._ready = True
 
-    def _end_queues(self, why: str) -> None:
-        queues, self._queues = self._queues, {}
+    def _end_queues(self, why: str) -> list[DriverQueue]:
+        queues = self.queues
+        self._queues = {}
         self._ready = False
-        for index, queue in queues.items():
-            queue._end(StateError(f"queue {index}: {why}"))
+        for queue in queues:
+            queue._end(StateError(f"queue {queue.index}: {why}"))
+        return queues
 
     def __enter__(self) -> Self:
         return self
@@ -512,11 +516,8 @@ class DriverQueue:
             self._quit = True
             failed = self._fail(reason)
             self._changed.notify_all()
-            watcher = self._watcher
         for completion in failed:
             completion._call_back()
-        if watcher is not None and watcher is not threading.current_thread():
-            watcher.join()
 
     def _watch(self) -> None:
         """There is a pending request with a callback, and maybe nobody who waits. Called with the lock."""
@@ -544,7 +545,7 @@ class DriverQueue:
             self._quit = True
             self._changed.notify_all()
             watcher = self._watcher
-        if watcher is not None:
+        if watcher is not None and watcher is not threading.current_thread():
             watcher.join()
 
     def __repr__(self) -> str:

@@ -1,7 +1,9 @@
-"""A typed driver for each device that the package has. They work with any back-end of the type:
+"""A typed driver for each device that the package has.
 
-with vu.Frontend.connect("/tmp/disk.sock") as frontend:
-    print(BlkDriver(frontend.negotiate()).capacity)
+    with vu.Frontend.connect("/tmp/disk.sock") as frontend:
+        print(BlkDriver(frontend.negotiate()).capacity)
+
+They work with any back-end of the type.
 """
 
 from __future__ import annotations

@@ -28,6 +28,9 @@ HEADER = struct.Struct("=III")
 DESCRIPTOR = struct.Struct("<QIHH")
 VERSION = 1
 
+#: Seconds between two looks at a ring, for those who may not be notified.
+SLICE = 0.01
+
 
 def message(request: str, payload: Buffer = b"", *, flags: int = VERSION, size: int | None = None) -> bytes:
     """The bytes of a message, to be cut or changed before :func:`send`.
@@ -123,9 +126,13 @@ class RawQueue:
             PeerTimeout: there is none within `timeout` seconds.
         """
         end = time.monotonic() + timeout
+        # With EVENT_IDX, this is where the device looks before it notifies; it may have looked already.
+        self.memory.write(self.avail + 4 + 2 * self.size, struct.pack("<H", self._next_used))
         while struct.unpack("<H", self.memory.read(self.used + 2, 2)) == (self._next_used,):
-            if not _signalled(self._call, end - time.monotonic()):
+            left = end - time.monotonic()
+            if left <= 0:
                 raise PeerTimeout(f"the device gave nothing back within {timeout} s")
+            _signalled(self._call, min(left, SLICE))
         entry = self.memory.read(self.used + 4 + 8 * (self._next_used % self.size), 8)
         self._next_used = (self._next_used + 1) % (1 << 16)
         head, written = struct.unpack("<II", entry)
