@@ -303,6 +303,26 @@ def test_get_features_is_a_quiesce_point_for_a_front_end_without_bit_30(
     assert memory.read(memory.guest, 8192) == b"\xff" * 8192
 
 
+def test_what_is_completed_after_a_quiesce_point_does_not_touch_the_driver_s_memory(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    device = Hold()
+    front = connect(serve(device))
+    front.negotiate(VERSION_1)
+    front.share(memory)
+    ring = Ring(memory)
+    front.place(ring)
+    front.set_kick(ring)
+    ring.add([], [8])
+    front.kick(ring)
+    request = device.next()
+    # The answer comes although the device holds the request: the guest waits with a lock held.
+    front.get_u64(Id.GET_FEATURES)
+    memory.write(memory.guest, b"\xff" * memory.size)
+    request.complete()
+    assert memory.read(memory.guest, memory.size) == b"\xff" * memory.size
+
+
 def test_a_ring_goes_on_with_the_next_kick_after_a_quiesce_point(front: FrontEnd, memory: Memory) -> None:
     front.negotiate(VERSION_1)
     front.share(memory)
