@@ -37,6 +37,7 @@ COMMANDS = {
     "demo": Row("boot a Linux kernel with four devices, and show what it saw", "demo:configure"),
     "info": Row("show what a back-end tells of itself", "info:configure"),
     "trace": Row("show what a front-end and a back-end say to each other", "trace:configure"),
+    "replay": Row("send a recorded front-end's messages to a back-end, and compare its answers", "replay:configure"),
 }
 
 EXAMPLES = """\

@@ -47,6 +47,7 @@ NANOSECONDS = 9
 INBOUND, OUTBOUND = 1, 2
 #: No block of ours comes near.
 LONGEST_BLOCK = 1 << 24
+FOREIGN = f"this is no pcapng file of a {sys.byteorder}-endian machine"
 
 
 class Writer:
@@ -142,27 +143,34 @@ def read(file: IO[bytes]) -> Iterator[Record]:
         ValueError: it is no pcapng file of this machine's byte order, or has packets of another link type.
     """
     link_types: list[int] = []
+    for kind, body in _blocks(file):
+        try:
+            if kind == SECTION:
+                if struct.unpack_from("=I", body)[0] != MAGIC:
+                    raise ValueError(FOREIGN)
+                link_types = []
+            elif kind == INTERFACE:
+                link_types.append(struct.unpack_from("=H", body)[0])
+            elif kind == PACKET:
+                interface, high, low, captured, _ = struct.unpack_from("=IIIII", body)
+                if interface >= len(link_types) or link_types[interface] != LINK_TYPE:
+                    raise ValueError(f"a packet is not of the link type {LINK_TYPE}, as those of vhost-user are")
+                yield decode(body[20 : 20 + captured], high << 32 | low)
+        except struct.error:
+            raise ValueError("a block is too short for what it is") from None
+
+
+def _blocks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     while head := file.read(8):
         if len(head) < 8:
             raise ValueError("the file ends within a block")
         kind, size = struct.unpack("=II", head)
         if not 12 <= size <= LONGEST_BLOCK or size % 4:
-            raise ValueError(f"a block has {size} bytes: this is no pcapng file of a {sys.byteorder}-endian machine")
+            raise ValueError(FOREIGN)
         body = file.read(size - 8)
         if len(body) < size - 8:
             raise ValueError("the file ends within a block")
-        body = body[:-4]
-        if kind == SECTION:
-            if body[:4] != struct.pack("=I", MAGIC):
-                raise ValueError(f"this is no pcapng file of a {sys.byteorder}-endian machine")
-            link_types = []
-        elif kind == INTERFACE:
-            link_types.append(struct.unpack_from("=H", body)[0])
-        elif kind == PACKET:
-            interface, high, low, captured, _ = struct.unpack_from("=IIIII", body)
-            if interface >= len(link_types) or link_types[interface] != LINK_TYPE:
-                raise ValueError(f"a packet is not of the link type {LINK_TYPE}, as those of vhost-user are")
-            yield decode(body[20 : 20 + captured], high << 32 | low)
+        yield kind, body[:-4]
 
 
 def _option(code: int, value: bytes = b"") -> bytes:

@@ -20,6 +20,7 @@ local f = {
     channel = ProtoField.uint8("vhost_user.channel", "Channel", base.DEC, channels),
     connection = ProtoField.uint32("vhost_user.connection", "Connection"),
     descriptors = ProtoField.uint16("vhost_user.descriptors", "Descriptors"),
+    descriptor = ProtoField.none("vhost_user.descriptor", "Descriptor"),
     kind = ProtoField.uint8("vhost_user.descriptor.kind", "Kind", base.DEC, kinds),
     offset = ProtoField.uint32("vhost_user.descriptor.offset", "Came with byte"),
     size = ProtoField.uint64("vhost_user.descriptor.size", "Size"),
@@ -57,6 +58,8 @@ local function make_fields(prefix, fields)
     for _, field in ipairs(fields) do
         local abbr = prefix .. "." .. field.name
         if field.shape == "structure" or field.shape == "structures" then
+            field.field = ProtoField.none(abbr, field.name)
+            table.insert(all, field.field)
             make_fields(abbr, field.parts)
         elseif field.shape == "bits" then
             for _, part in ipairs(field.parts) do
@@ -156,13 +159,14 @@ local function add_fields(tree, fields, tvb, offset, length, little)
                 tree:add(part.field, tvb(at, size), part_of(tvb(at, size), little, part))
             end
         elseif field.shape == "structure" then
-            local below = tree:add(proto, tvb(at, size), field.name)
+            local below = tree:add(field.field, tvb(at, size))
             add_fields(below, field.parts, tvb, at, size, little)
         elseif field.shape == "structures" then
             local count = math.min(first or 0, math.floor(size / field.stride))
             for number = 0, count - 1 do
                 local begin = at + number * field.stride
-                local below = tree:add(proto, tvb(begin, field.stride), field.name .. " " .. number)
+                local below = tree:add(field.field, tvb(begin, field.stride))
+                below:set_text(field.name .. " " .. number)
                 add_fields(below, field.parts, tvb, begin, field.stride, little)
             end
         end
@@ -254,7 +258,7 @@ function proto.dissector(tvb, pinfo, root)
             tree:add_proto_expert_info(malformed, "descriptor " .. number .. " of " .. count .. " is cut off")
             return
         end
-        local below = tree:add(proto, tvb(offset, 16), "Descriptor")
+        local below = tree:add(f.descriptor, tvb(offset, 16))
         below:add(f.kind, tvb(offset, 1))
         add(below, f.offset, tvb(offset + 4, 4), little)
         add(below, f.size, tvb(offset + 8, 8), little)
