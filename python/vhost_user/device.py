@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -100,6 +99,8 @@ class Device:
         """
         endpoint = Endpoint(path=path, fd=fd, connect=connect, mode=mode)
         if self._runtime.has_coroutines:
+            import asyncio
+
             asyncio.run(self._runtime.serve_async(endpoint, once))
         else:
             self._runtime.serve(endpoint, once)

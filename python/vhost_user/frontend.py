@@ -9,7 +9,6 @@ Nothing that the back-end does makes a call wait beyond its deadline, or reads o
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import logging
@@ -626,6 +625,8 @@ class Completion:
         return self.data
 
     async def _until_done(self) -> None:
+        import asyncio
+
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import errno
@@ -236,6 +235,8 @@ class Server:
         runtime = self.device._runtime
         try:
             if runtime.has_coroutines:
+                import asyncio
+
                 asyncio.run(runtime.serve_async(self._endpoint, self._once, self._ready.set))
             else:
                 runtime.serve(self._endpoint, self._once, self._ready.set)
