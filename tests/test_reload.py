@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -382,7 +384,9 @@ class Edited:
 
 
 @pytest.fixture
-def edited(tmp_path: Path, level: None) -> Iterator[Edited]:
+def edited(tmp_path: Path, level: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edited]:
+    # Compiled files are there, as they are for users, to be taken for what is new.
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     edited = Edited(tmp_path / "edited.py")
     with Reloader(edited.device, report=edited.reports.append):
         yield edited
@@ -403,6 +407,17 @@ def test_an_editor_may_replace_the_file(edited: Edited, drive: Drive) -> None:
     new.rename(edited.path)
     assert edited.next_report() == "edited.py: Device has new code"
     assert driver.ask() == b"replaced"
+
+
+def test_a_file_is_loaded_when_it_is_written_to_its_end(edited: Edited) -> None:
+    for _ in range(5):
+        whole = edited.path.read_text().replace("answer(", "answer( ")
+        with edited.path.open("w") as file:
+            for part in (whole[:100], whole[100:]):
+                file.write(part)
+                file.flush()
+                time.sleep(0.05)
+        assert edited.next_report() == "edited.py: Device has new code"
 
 
 @pytest.mark.parametrize(

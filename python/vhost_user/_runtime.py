@@ -5,7 +5,6 @@ The core calls the methods without an underscore below "From the core", on the t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import logging
@@ -21,6 +20,8 @@ from .errors import DeclarationError, StateError, VhostUserError
 from .loop import Loop, Timer, Watch
 
 if TYPE_CHECKING:
+    import asyncio
+
     from .config import Field
     from .device import Device
     from .queues import DeviceQueue, Queue
@@ -137,6 +138,8 @@ class Runtime:
 
     async def serve_async(self, endpoint: Endpoint, once: bool, ready: Callable[[], None] = lambda: None) -> None:
         """Serve within the running asyncio loop."""
+        import asyncio
+
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
         with self._served(endpoint, once) as backend:
@@ -348,8 +351,7 @@ class Runtime:
         for what, now in self._declaration().items():
             if now != before[what]:
                 raise DeclarationError(
-                    f"{what}: {now} instead of {before[what]}, which a driver that is running would not notice; "
-                    "restart to change that"
+                    f"{what}: {now} instead of {before[what]}, which a running driver cannot be told"
                 )
         if self.has_coroutines and self._backend is not None and self._asyncio is None:
             raise DeclarationError("async handlers need asyncio, which the device was started without; restart it")
