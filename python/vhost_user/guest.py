@@ -161,7 +161,7 @@ class Guest(ABC):
             raise
         return self
 
-    def run(self, command: str, *, timeout: float = 30, check: bool = True) -> Result:
+    def run(self, command: str, *, timeout: float | None = 30, check: bool = True) -> Result:
         """Run `command` in the guest with its /bin/sh, as root, and wait for its end.
 
         It starts in /run, a tmpfs, with an empty standard input and no more than PATH, HOME, LANG and TMPDIR in its
@@ -170,7 +170,7 @@ class Guest(ABC):
 
         Args:
             command: a shell script, of any number of lines.
-            timeout: seconds after which the command is killed.
+            timeout: seconds after which the command is killed; None: it may take as long as it likes.
             check: raise when the exit status is not 0.
 
         Raises:
@@ -180,23 +180,24 @@ class Guest(ABC):
         """
         if "\0" in command:
             raise ValueError("a command cannot contain a null character")
-        timeout = math.ceil(timeout)
+        # timeout(1) takes 0 for no deadline.
+        seconds = 0 if timeout is None else max(math.ceil(timeout), 1)
         with self._lock:
             machine = self._idle_machine()
             started = time.monotonic()
             # The guest keeps the deadline, so that it outlives the command. Only a command that cannot be killed, since
             # a driver waits for its device, makes us lose patience with the guest.
-            machine.expect(f"running {command!r}", within=timeout + 10)
+            machine.expect(f"running {command!r}", within=seconds + 10 if seconds else math.inf)
             for start in range(0, len(command), _COMMAND_PART):
                 machine.send(f"more {shlex.quote(command[start : start + _COMMAND_PART])}\n".encode())
                 machine.read_until(b"\n")
-            machine.send(f"run {timeout}\n".encode())
-            status, out, err = map(int, machine.read_until(b"\n").split())
-            late = status == 128 + signal.SIGKILL and time.monotonic() - started >= timeout
+            machine.send(f"run {seconds}\n".encode())
+            status, out, err = machine.read_numbers(3)
+            late = status == 128 + signal.SIGKILL and 0 < seconds <= time.monotonic() - started
             result = Result(command, status, machine.read_file(".stdout", out), machine.read_file(".stderr", err))
             machine.doing = ""
         if late:
-            raise CommandTimeout(f"{command!r} was killed after {timeout} s", result, machine.log())
+            raise CommandTimeout(f"{command!r} was killed after {seconds} s", result, machine.log())
         if check and status != 0:
             raise CommandFailed(f"{command!r} ended with exit status {status}", result, machine.log())
         return result
@@ -460,6 +461,13 @@ class _Machine:
         del self._received[:size]
         return data
 
+    def read_numbers(self, count: int) -> list[int]:
+        words = self.read_until(b"\n").split()
+        if len(words) != count:
+            # A shell that starts says something else first.
+            raise self._failure("rebooted")
+        return [int(word) for word in words]
+
     def read_file(self, name: str, size: int) -> bytes:
         content = b""
         for number, start in enumerate(range(0, size, _OUTPUT_PART)):
@@ -503,7 +511,8 @@ class _Machine:
         self._received += data
 
     def _answer(self, operation: Callable[[], T]) -> T:
-        self._channel.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        left = max(self._deadline - time.monotonic(), 0.001)
+        self._channel.settimeout(None if left == math.inf else left)
         try:
             return operation()
         except TimeoutError:

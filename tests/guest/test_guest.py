@@ -93,6 +93,15 @@ def test_a_command_is_killed_at_its_deadline_and_the_guest_goes_on(any_guest: Gu
     assert any_guest.run("echo here").text == "here"
 
 
+def test_a_command_without_a_deadline_may_take_its_time(uml: Uml) -> None:
+    assert uml.run("sleep 1.5; echo done", timeout=None).text == "done"
+
+
+def test_a_command_that_a_reboot_ended_says_so() -> None:
+    with Uml() as guest, pytest.raises(GuestError, match="the guest rebooted while running 'busybox reboot -f'"):
+        guest.run("busybox reboot -f")
+
+
 def test_a_process_in_the_background_neither_delays_nor_disturbs(uml: Uml) -> None:
     started = time.monotonic()
     uml.run("(while sleep 0.01; do echo noise; done) &")

@@ -30,6 +30,7 @@ class Row(NamedTuple):
 
 COMMANDS = {
     "run": Row("serve a device class of your own", "run:configure"),
+    "shell": Row("boot a Linux kernel with a device class of your own, for a shell in it", "shell:configure"),
     "rng": Row("serve an entropy source", "builtin:rng"),
     "blk": Row("serve a disk", "builtin:blk"),
     "console": Row("serve a console", "builtin:console"),

@@ -67,11 +67,12 @@ def serve(make: Callable[[], Device], arguments: argparse.Namespace) -> int:
             print(attach.instructions(device, listening=path, connecting=connect), file=sys.stderr, flush=True)
             server.wait()
         finally:
-            _stop(server)
+            stop(server)
     return 0
 
 
-def _stop(server: Server) -> None:
+def stop(server: Server) -> None:
+    """Stop, within a second: a device that hangs ends the process."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     deadline = time.monotonic() + PATIENCE
