@@ -90,7 +90,8 @@ class Runtime:
         self._once = False
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
+        #: What ended the only connection that there was to be.
+        self._failure: Exception | None = None
 
     # --- For the device ---------------------------------------------------------------------------------------------
 
@@ -205,7 +206,11 @@ class Runtime:
                     self.address = None
                     self._attach(None)
                     self.device.on_stop()
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
         finally:
+            self._failure = None
             self._serving.release()
 
     def _make_backend(self) -> Backend:
@@ -404,6 +409,7 @@ class Runtime:
             logger.error("%s: the connection was closed: %s", self._name, error)
         self.device.on_disconnect(error)
         if self._once:
+            self._failure = error
             self.stop()
         elif self._waiting is not None:
             waiting, self._waiting = self._waiting, None

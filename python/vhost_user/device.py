@@ -96,6 +96,7 @@ class Device:
             DeclarationError: the device cannot be as it declares itself.
             AddressInUse: somebody else listens at the path, or it is not a socket.
             OSError: the path cannot be bound or connected to.
+            ProtocolError: the only connection that there was to be ended with an error.
         """
         endpoint = Endpoint(path=path, fd=fd, connect=connect, mode=mode)
         if self._runtime.has_coroutines:

@@ -13,8 +13,9 @@ from typing import TextIO
 
 from .._core import Memory, ProtocolFeature
 from ..device import Device
-from ..errors import VhostUserError
+from ..errors import ProtocolError, VhostUserError
 from ..frontend import TIMEOUT, Frontend
+from ..server import Server
 
 #: Seconds in which a device has to answer what it has taken, when its test is over.
 GRACE = 1.0
@@ -53,7 +54,8 @@ def connect(
     with contextlib.ExitStack() as stack:
         leftovers = stack.enter_context(_reported())
         stack.enter_context(contextlib.closing(ours))
-        server = stack.enter_context(device.start(fd=theirs.detach()))
+        server = device.start(fd=theirs.detach())
+        stack.callback(_stop, server)
         with Frontend(ours, timeout=timeout) as frontend:
             if negotiate:
                 frontend.negotiate(features, protocol)
@@ -64,9 +66,15 @@ def connect(
                         frontend.queue(queue.index, queue.size)
             yield frontend
             leftovers += _unanswered(device, frontend)
-        server.stop()
+        _stop(server)
     if leftovers:
         raise Leftovers("\n".join(leftovers))
+
+
+def _stop(server: Server) -> None:
+    # Who breaks the protocol on purpose knows how the connection ended.
+    with contextlib.suppress(ProtocolError):
+        server.stop()
 
 
 def _unanswered(device: Device, frontend: Frontend) -> list[str]:
