@@ -62,10 +62,10 @@ def write(file: Path, records: Iterable[Record]) -> None:
 def recorded(serve: Serve, tmp_path: Path) -> tuple[Path, list[Record]]:
     """A guest that reads random numbers, in a file and as records."""
     records: list[Record] = []
-    with running(Proxy(tmp_path / "traced", serve(Rng()), records.append)):
+    with running(Proxy(tmp_path / "traced", serve(Rng()), records.append)) as proxy:
         with Uml([(tmp_path / "traced", vu.DeviceId.RNG)]) as guest:
             guest.run("head -c 64 /dev/hwrng")
-        raw.wait_until(lambda: sum(record.event == "closed" for record in records) == 2, "the end")
+        raw.wait_until(lambda: not proxy.front_ends, "the end")
     write(tmp_path / "guest.pcapng", records)
     return tmp_path / "guest.pcapng", records
 

@@ -396,9 +396,7 @@ def messages() -> list[MessageInfo]:
 def payloads() -> list[tuple[str, int | None, list[_PayloadField]]]:
     """Every payload: its name, the only size that it has (None: any), and its fields."""
 
-def decode(
-    channel: str, sender: str, request: int, flags: int, payload: bytes, descriptors: int
-) -> DecodedMessage:
+def decode(channel: str, sender: str, request: int, flags: int, payload: bytes, descriptors: int) -> DecodedMessage:
     """Decode a message that the `sender`, "front-end" or "back-end", sent on a `channel`, "main" or "back-end".
 
     It never fails, whatever the bytes are.

@@ -39,6 +39,7 @@ COMMANDS = {
     "info": Row("show what a back-end tells of itself", "info:configure"),
     "trace": Row("show what a front-end and a back-end say to each other", "trace:configure"),
     "replay": Row("send a recorded front-end's messages to a back-end, and compare its answers", "replay:configure"),
+    "check": Row("check a back-end against the specification", "check:configure"),
 }
 
 EXAMPLES = """\

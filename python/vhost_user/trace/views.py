@@ -64,7 +64,7 @@ class Lines:
         else:
             values = _values(decoded.fields)
         line = f"{_arrow(record)}  {self._paint(colour, f'{name:<25}')} {values}"
-        return line.rstrip() + _descriptors(record.descriptors) + _latency(record) + self._wrong(record.problem)
+        return line + _descriptors(record.descriptors) + _latency(record) + self._wrong(record.problem)
 
     def _activity(self, record: Record, activity: Activity) -> str:
         what = f"queue {activity.queue} #{activity.index}"
