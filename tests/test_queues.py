@@ -275,6 +275,28 @@ def test_taking_from_a_broken_ring_raises(front: FrontEnd, source: Source, memor
     assert source.rxq.take() is None
 
 
+def test_a_ring_that_breaks_in_other_hands_is_reported_on_the_devices_thread(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    told: list[tuple[str, threading.Thread]] = []
+
+    class Teller(Source, device_id=NO_TYPE):
+        def on_queue_error(self, queue: vu.DeviceQueue, error: str) -> None:
+            told.append(("error", threading.current_thread()))
+
+        def on_queue_stop(self, queue: vu.DeviceQueue) -> None:
+            told.append(("stop", threading.current_thread()))
+
+    teller = Teller()
+    ring = start(connect(serve(teller)), memory)
+    ring.offer(99)
+    with pytest.raises(vu.ProtocolError):
+        teller.rxq.take()
+    wait_until(lambda: len(told) == 2, "the device is told")
+    assert [what for what, _ in told] == ["error", "stop"]
+    assert threading.current_thread() not in [thread for _, thread in told]
+
+
 # --- What a queue tells -----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyBaseException, PyIndexError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
@@ -52,6 +51,8 @@ pub struct Backend {
     watchers: Mutex<Callbacks>,
     timers: Mutex<HashMap<u64, Py<PyAny>>>,
     soon: Mutex<Vec<Py<PyAny>>>,
+    /// Queues that broke while another thread took from them.
+    broken: Mutex<Vec<(u16, RingError)>>,
     next_watcher: AtomicU32,
     connected: AtomicBool,
 }
@@ -109,6 +110,7 @@ impl Backend {
             watchers: Mutex::default(),
             timers: Mutex::default(),
             soon: Mutex::default(),
+            broken: Mutex::default(),
             next_watcher: AtomicU32::new(0),
             connected: AtomicBool::new(false),
         })
@@ -259,9 +261,10 @@ impl Backend {
             Taken::Chains(run) => Ok(chains.pop().map(|chain| Request::new(Arc::clone(vring), run, chain, true))),
             Taken::Nothing | Taken::NotRunning => Ok(None),
             Taken::Broken(reason) => {
-                let error = Error::Ring { queue: vring.index(), reason: reason.clone() };
-                self.runtime.call_method1(py, intern!(py, "queue_broke"), (vring.index(), reason.to_string()))?;
-                Err(to_python(py, error))
+                // The device hears of it where it hears of everything else: on the loop's thread.
+                lock(&self.broken).push((vring.index(), reason.clone()));
+                self.events.wakeup().wake();
+                Err(to_python(py, Error::Ring { queue: vring.index(), reason }))
             }
         }
     }
@@ -357,6 +360,7 @@ impl Backend {
         };
         let mut turn = Turn { backend: self, py, fatal: py.check_signals().err() };
         turn.call_soon();
+        turn.report_broken();
         for event in events.drain(..) {
             turn.on_event(event);
         }
@@ -443,6 +447,15 @@ impl<'py> Turn<'_, 'py> {
         }
     }
 
+    fn report_broken(&mut self) {
+        for (queue, error) in std::mem::take(&mut *lock(&self.backend.broken)) {
+            self.with_session(|session, hooks| {
+                session.queue_broke(queue, &error, hooks);
+                Ok(Flow::Continue)
+            });
+        }
+    }
+
     /// Do something with the session, if there is one, then look at the queues that it made ready.
     fn with_session(&mut self, action: impl FnOnce(&mut Session, &mut dyn Hooks) -> Result<Flow, Error>) {
         let Some(mut session) = lock(&self.backend.inner).session.take() else { return };
@@ -503,10 +516,8 @@ impl<'py> Turn<'_, 'py> {
             }
             Taken::Nothing | Taken::NotRunning => {}
             Taken::Broken(error) => {
-                self.with_session(|session, hooks| {
-                    session.queue_broke(queue, &error, hooks);
-                    Ok(Flow::Continue)
-                });
+                lock(&self.backend.broken).push((queue, error));
+                self.report_broken();
             }
         }
         let mut inner = lock(&self.backend.inner);
