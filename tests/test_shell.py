@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,11 +317,20 @@ def test_a_terminal_that_is_slow_gets_everything(terminal: Open) -> None:
 
 def test_a_guest_that_is_slow_gets_everything(terminal: Open, folder: Path) -> None:
     guest = terminal("devices.py:Rng")
-    lines = "".join(f"{number:040}\n" for number in range(5000))
-    guest.type("stty -echo; echo begun; sleep 0.5; sha256sum; stty echo\r")
+    # More than what fits in the buffers of the driver, which are a megabyte.
+    lines = "".join(f"{number:040}\n" for number in range(50000))
+    guest.type("stty -echo; echo begun; sha256sum; stty echo\r")
     guest.read_until("\nbegun\r\n")
+    (machine,) = children(guest.process.pid)
+    os.kill(machine, signal.SIGSTOP)
+    threading.Timer(1, os.kill, [machine, signal.SIGCONT]).start()
     guest.type(lines + "\x04")
     assert guest.read_until("guest# ").split()[0] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def children(parent: int) -> list[int]:
+    lists = [path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children")]
+    return [int(child) for listed in lists for child in listed.split()]
 
 
 def test_what_devices_print_begins_at_the_left(terminal: Open) -> None:
