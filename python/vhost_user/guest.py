@@ -530,10 +530,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     # Before the wait: until then the process exists, if only as a zombie, and the group's number is no one else's.
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    with suppress(ProcessLookupError):
-        for _ in range(1000):  # its helpers are dead a moment later
-            os.killpg(process.pid, 0)
-            time.sleep(0.001)
+    for _ in range(1000):  # its helpers are dead a moment later
+        if not _lives(process.pid):
+            break
+        time.sleep(0.001)
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of the group is more than a zombie, which whoever adopted it may keep for long."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _existing_socket(path: StrPath) -> str:
