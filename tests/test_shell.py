@@ -293,18 +293,11 @@ def test_the_window_may_be_resized(terminal: Open) -> None:
 
 def test_ctrl_c_and_ctrl_z_are_for_the_guest(terminal: Open) -> None:
     guest = terminal("devices.py:Rng")
-    guest.type("sleep 1000\r")
-    guest.type("\x03")
-    guest.read_until("^C\r\nguest# ")
-    guest.type("sleep 1000\r")
-    time.sleep(0.2)
-    guest.type("\x1a")
-    guest.read_until("Stopped")
-    guest.read_until("guest# ")
-    guest.type("fg\r")
-    guest.read_until("sleep 1000\r\n")
-    guest.type("\x03")
-    guest.read_until("^C\r\nguest# ")
+    for key, shown in (("\x03", "^C\r\nguest# "), ("\x1a", "Stopped")):
+        guest.type("sh -c 'echo begun; exec sleep 1000'\r")
+        guest.read_until("\nbegun\r\n")
+        guest.type(key)
+        guest.read_until(shown)
 
 
 def test_a_terminal_that_is_slow_gets_everything(terminal: Open) -> None:
