@@ -142,68 +142,71 @@ pub fn decode(
         BACKEND => true,
         other => return Err(PyValueError::new_err(format!("a sender is a front-end or a back-end, not {other:?}"))),
     };
-    let requested_by_backend = match channel {
+    let by_backend = match channel {
         MAIN => false,
         BACKEND => true,
         other => return Err(PyValueError::new_err(format!("a channel is main or back-end, not {other:?}"))),
     };
-    let answer = sent_by_backend != requested_by_backend;
-    let table = if requested_by_backend { BackendRequest::TABLE } else { FrontendRequest::TABLE };
-    let header = Header { request, flags: Flags(flags), size: payload.len() as u32 };
-
+    let answer = sent_by_backend != by_backend;
+    let table = if by_backend { BackendRequest::TABLE } else { FrontendRequest::TABLE };
     let Some(info) = table.iter().find(|info| info.id == request) else {
-        let fields = PyDict::new(py);
-        if !payload.is_empty() {
-            fields.set_item("payload", PyBytes::new(py, payload))?;
-        }
-        let problem = if requested_by_backend {
-            BackendRequest::from_id(request).err()
-        } else {
-            FrontendRequest::from_id(request).err()
-        };
-        return Ok(DecodedMessage {
-            name: format!("request {request}"),
-            answer,
-            acknowledgement: false,
-            fields: fields.unbind(),
-            problem: problem.map(|error| error.to_string()),
-        });
+        let problem = check(by_backend, request, payload, descriptors).err();
+        return unknown(py, request, answer, payload, problem);
     };
 
     let payload_name = if answer { answer_payload(info.answer, payload.len()) } else { info.payload };
-    let acknowledgement = answer && matches!(info.answer, Answer::Ack | Answer::ReplyWith(..)) && payload_name == "U64";
     let layout = Layout::named(payload_name)
         .ok_or_else(|| PyValueError::new_err(format!("the payload {payload_name} has no layout")))?;
     let (values, rest) = layout.read(payload);
     let fields = structure(py, &values)?;
-    let is_word = answer == (info.answer != Answer::Ack);
-    if let (true, Some(names), [(_, Value::Unsigned(word))]) = (is_word, bits(request), &values[..])
-        && !requested_by_backend
-    {
+    let names = if by_backend || answer == (info.answer == Answer::Ack) { None } else { bits(request) };
+    if let (Some(names), [(_, Value::Unsigned(word))]) = (names, &values[..]) {
         fields.set_item("names", bit_names(names, *word))?;
     }
     if !rest.is_empty() {
         fields.set_item("rest", PyBytes::new(py, rest))?;
     }
 
-    let problem = if answer {
-        header.check_reply(request, info.name).map_err(|error| error.to_string()).and_then(|()| {
-            if payload.is_empty() && !layout.fields.is_empty() {
-                Err("an answer without a payload: the request was refused".to_owned())
-            } else {
-                (layout.check)(payload)
-            }
-        })
+    let header = Header { request, flags: Flags(flags), size: payload.len() as u32 };
+    let checked = if answer {
+        header.check_reply(request, info.name).map_err(reason).and_then(|()| check_answer(layout, payload))
     } else {
-        header.check_request().and_then(|()| check(requested_by_backend, request, payload, descriptors)).map_err(reason)
+        header.check_request().and_then(|()| check(by_backend, request, payload, descriptors)).map_err(reason)
     };
     Ok(DecodedMessage {
         name: info.name.to_owned(),
         answer,
-        acknowledgement,
+        acknowledgement: answer && !matches!(info.answer, Answer::Reply(_)) && payload_name == "U64",
         fields: fields.unbind(),
-        problem: problem.err(),
+        problem: checked.err(),
     })
+}
+
+fn unknown(
+    py: Python<'_>,
+    request: u32,
+    answer: bool,
+    payload: &[u8],
+    problem: Option<Error>,
+) -> PyResult<DecodedMessage> {
+    let fields = PyDict::new(py);
+    if !payload.is_empty() {
+        fields.set_item("payload", PyBytes::new(py, payload))?;
+    }
+    Ok(DecodedMessage {
+        name: format!("request {request}"),
+        answer,
+        acknowledgement: false,
+        fields: fields.unbind(),
+        problem: problem.map(reason),
+    })
+}
+
+fn check_answer(layout: &Layout, payload: &[u8]) -> Result<(), String> {
+    if payload.is_empty() && !layout.fields.is_empty() {
+        return Err("an answer without a payload: the request was refused".to_owned());
+    }
+    (layout.check)(payload)
 }
 
 /// What an answer of so many bytes has to be.
