@@ -219,7 +219,9 @@ class Target:
     def why_dead(self) -> str:
         """Why it does not serve another connection; empty if it does."""
         if self.serves_once:
-            return self.fate()
+            # It may well end with a failure after nonsense; a signal is another matter.
+            fate = self.fate()
+            return fate if "was killed" in fate else ""
         if self._process is not None and self._process.poll() is not None:
             return self.fate() or "the back-end ended"
         wire: Wire | None = None
@@ -415,8 +417,9 @@ class Case:
             raise Failed(f"the back-end answered {answer}", f"index {ring.index} and a base, in 8 bytes")
         return int(struct.unpack_from("=I", answer.payload, 4)[0])
 
-    def perform(self, ring: Ring, count: int = 1, *, indirect: bool = False, memory: Memory | None = None) -> None:
-        """Requests that the device has to complete, one after the other."""
+    def perform(self, ring: Ring, count: int = 1, *, indirect: bool = False, memory: Memory | None = None) -> bytes:
+        """Requests that the device has to complete, one after the other. Returns what is in the room of the last."""
+        data = b""
         for _ in range(count):
             chain = ring.add(self.exercise.readable, self.exercise.writable, indirect=indirect, memory=memory)
             ring.kick.signal()
@@ -425,16 +428,10 @@ class Case:
                 raise Failed(
                     f"queue {ring.index}: the request was not completed within {self.timeout:g} s", "a used entry"
                 )
-            self.judge(
-                ring,
-                [
-                    (
-                        chain.head,
-                        b"".join((memory or ring.memory).read(address, size) for address, size in chain.writable),
-                    )
-                ],
-                entries,
-            )
+            room = (memory or ring.memory).read
+            data = b"".join(room(address, size) for address, size in chain.writable)
+            self.judge(ring, [(chain.head, data)], entries)
+        return data
 
     def judge(self, ring: Ring, chains: Sequence[tuple[int, bytes]], entries: Sequence[tuple[int, int]]) -> None:
         """Used entries against the heads that were offered, and what is in their room."""
@@ -543,7 +540,10 @@ class Suite:
             case = Case(self.target, self.facts, self.device)
             try:
                 _, ring = case.running()
-                case.perform(ring)
+                ring.add(case.exercise.readable, case.exercise.writable)
+                ring.kick.signal()
+                if not ring.wait(1, case.timeout):
+                    raise Failed(f"not within {case.timeout:g} s")
             except (Outcome, Closed, Silent, TargetError) as error:
                 known = "see ring.completes-a-request" if case.exercise.is_certain else "say what it is: --device"
                 self._works = f"the device completes no request ({error}); {known}"

@@ -36,7 +36,8 @@ def details(result: Result) -> Iterator[str]:
 def summary(results: Sequence[Result]) -> str:
     """How many there are of each verdict."""
     counts = Counter(result.verdict for result in results)
-    return f"{len(results)} checks: " + ", ".join(f"{counts[each]} {each.value}" for each in Verdict if counts[each])
+    number = "1 check" if len(results) == 1 else f"{len(results)} checks"
+    return f"{number}: " + ", ".join(f"{counts[each]} {each.value}" for each in Verdict if counts[each])
 
 
 def catalogue(checks: Iterable[Check]) -> Iterator[str]:

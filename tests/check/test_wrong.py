@@ -1,0 +1,53 @@
+"""A check that no wrong back-end fails is not a check."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from check.backend import Server, Session
+from check.wrong import WRONG
+from vhost_user.check import CHECKS, Result, Suite, Target, Verdict, selected
+from vhost_user.features import by_name
+
+Judge = Callable[..., list[Result]]
+
+#: Seconds that a wrong back-end gets to answer.
+IMPATIENT = 0.15
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Judge:
+    """Check a back-end of a kind, in this process."""
+
+    def run(kind: type[Session], *names: str, timeout: float = IMPATIENT, forced: bool = False) -> list[Result]:
+        path = tmp_path / f"{kind.__name__}.sock"
+        with contextlib.closing(Server(path, kind)), contextlib.closing(Target(str(path), timeout=timeout)) as target:
+            return list(Suite(target, by_name("blk")).run(names or selected([]), forced=forced))
+
+    return run
+
+
+def test_a_right_back_end_passes_every_check(judge: Judge) -> None:
+    results = judge(Session, timeout=2.0)
+    assert {result.check.name: result.verdict for result in results if result.verdict is not Verdict.PASS} == {
+        "robustness.file-truncated": Verdict.SKIP
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(kind, name, id=f"{kind.__name__}-{name}") for kind, names in WRONG for name in names],
+)
+def test_a_wrong_back_end_fails(judge: Judge, kind: type[Session], name: str) -> None:
+    (result,) = judge(kind, name, forced=True)
+    assert result.verdict is Verdict.FAIL, result.reason
+    assert result.reason
+    assert result.expected
+
+
+def test_every_check_is_failed_by_a_wrong_back_end() -> None:
+    assert {name for _, names in WRONG for name in names} == {*CHECKS}
