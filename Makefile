@@ -9,7 +9,7 @@ WHEEL_ENVIRONMENT := target/wheel-environment
 
 # What builds the extension and the guest's kernel, and what tests run in the guest, whose root is this system's.
 PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
-    mount python3-venv xz-utils
+    mount python3-venv qemu-utils tshark xz-utils
 
 # In a folder of its own: maturin sets PyO3 up in another way, and each would make the other build everything again.
 CLIPPY := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --target-dir target/clippy --locked --all-targets
