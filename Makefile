@@ -7,9 +7,10 @@ TOOLS := .venv/.tools
 EXTENSION := .venv/.extension
 WHEEL_ENVIRONMENT := target/wheel-environment
 
-# What builds the extension and the guest's kernel, and what tests run in the guest, whose root is this system's.
+# What builds the extension and the guest's kernel, what tests run in the guest, whose root is this system's, and beside
+# it: qemu-storage-daemon is in either of its two packages, depending on the release.
 PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
-    mount python3-venv qemu-utils tshark xz-utils
+    mount python3-venv qemu-system-common qemu-utils tshark xz-utils
 
 # In a folder of its own: maturin sets PyO3 up in another way, and each would make the other build everything again.
 CLIPPY := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --target-dir target/clippy --locked --all-targets
