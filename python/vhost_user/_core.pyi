@@ -76,7 +76,7 @@ class Request:
         then are safe, but reported by a ResourceWarning.
         """
     def writable_buffers(self) -> list[memoryview]:
-        """The room that is left, where it is: writable views of guest memory. Tell :meth:`commit` what was filled in."""
+        """The room that is left, where it is: writable views of guest memory. Tell :meth:`commit` what was filled."""
     def commit(self, count: int) -> None:
         """Count `count` more bytes as written, which were written through :meth:`writable_buffers`.
 
@@ -362,7 +362,7 @@ class MessageInfo:
         """Which of :func:`payloads` the answer has."""
     @property
     def answered(self) -> str:
-        """ "always"; "asked": if NEED_REPLY asks for it; or the feature that changes the acknowledgement to `answer`."""
+        """ "always"; "asked": if NEED_REPLY asks for it; or the feature that turns an acknowledgement to `answer`."""
     @property
     def rings(self) -> str:
         """Which rings it is about: "none", "one" or "all"."""
