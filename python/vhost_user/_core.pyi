@@ -332,6 +332,55 @@ class FrontendQueue:
     def addresses(self) -> tuple[int, int, int]:
         """User addresses of the descriptor table, the available ring and the used ring."""
 
+@final
+class Load:
+    """The same requests again and again on some queues, which nobody else uses. What is behind `vhost_user.bench`."""
+
+    @staticmethod
+    def chains(queues: Sequence[FrontendQueue], depth: int, readable: Sequence[int], writable: Sequence[int]) -> Load:
+        """Requests with parts of these sizes, `depth` at a time on each queue. What the device may read is zero."""
+    @staticmethod
+    def disk(
+        queues: Sequence[FrontendQueue], depth: int, reads: bool, writes: bool, random: bool, block: int, blocks: int
+    ) -> Load:
+        """Requests for blocks of as many bytes, of the `blocks` that a disk begins with."""
+    def run(self, seconds: float, timeout: float, poll: bool) -> LoadResult:
+        """Go on for so many seconds, or until :meth:`stop`, with a thread for each queue.
+
+        Raises:
+            PeerTimeout: the device completed nothing for `timeout` seconds.
+        """
+    def stop(self) -> None:
+        """Submit nothing more: :meth:`run` returns when the device has completed what it has."""
+    @property
+    def requests(self) -> int:
+        """Those that were completed so far."""
+
+@final
+class LoadResult:
+    """What a load has seen."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def requests(self) -> int:
+        """Completed ones, whatever their status."""
+    @property
+    def sent(self) -> int:
+        """Bytes that the device took; of a disk, blocks of requests that succeeded."""
+    @property
+    def received(self) -> int:
+        """Bytes that the device gave, likewise."""
+    @property
+    def errors(self) -> dict[int, int]:
+        """How often a disk answered with each status but 0."""
+    def percentile(self, percent: float) -> int | None:
+        """Of the latencies, in nanoseconds: the value that `percent` of them are not above, or up to a 64th more."""
+    @property
+    def mean(self) -> float | None: ...
+    @property
+    def least(self) -> int | None: ...
+
 #: A field of a payload: its name, where it begins and how many bytes it has (0: the rest), what it holds, and the parts
 #: of what it holds. The shapes are unsigned, signed, bytes, words, bits (parts: name and mask of each), structure and
 #: structures (parts: their fields), and padding.

@@ -309,6 +309,12 @@ impl FrontendQueue {
     }
 }
 
+impl FrontendQueue {
+    pub(super) fn core(&self) -> &frontend::Queue {
+        &self.core
+    }
+}
+
 /// The tables of the protocol, for Python: `ProtocolFeature` and `TransportFeature`, and `REQUESTS`.
 pub fn add_tables(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
@@ -340,7 +346,7 @@ fn deadline(seconds: f64) -> Instant {
 }
 
 /// As much as an Instant can take: a century is for ever.
-fn duration(seconds: f64) -> Duration {
+pub(super) fn duration(seconds: f64) -> Duration {
     const FOREVER: f64 = 3.2e9;
     Duration::try_from_secs_f64(seconds.min(FOREVER)).unwrap_or_default()
 }

@@ -9,12 +9,14 @@ mod buffer;
 mod codec;
 mod errors;
 mod frontend;
+mod load;
 mod request;
 
 pub use backend::Backend;
 pub use buffer::GuestBuffer;
 pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
 pub use frontend::{Frontend, FrontendQueue, Memory, add_tables};
+pub use load::{Load, LoadResult};
 pub use request::Request;
 
 /// Send the core's log records to Python's `logging`, below the logger "vhost_user".

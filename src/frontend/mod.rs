@@ -5,14 +5,17 @@
 //! | `session` | one connection: requests, their answers, and what the back-end asks meanwhile |
 //! | `memory` | guest memory that this process makes, and what is free of it |
 //! | `queue` | one ring with its notifications and the requests that are under way |
+//! | `load` | the same request again and again on such rings, and how long each took |
 //!
 //! The back end is the one that is not trusted here: every answer has a deadline, and is checked. Everything can be
 //! used from several threads at once. Nothing here knows of Python.
 
+mod load;
 mod memory;
 mod queue;
 mod session;
 
+pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use memory::{Allocation, Memory};
 pub use queue::{Completion, Queue, QueueOptions};
 pub use session::{Event, Frontend, Offer};

@@ -247,6 +247,35 @@ impl Queue {
         lock(&self.state).ring.outstanding()
     }
 
+    /// Work on the ring itself, for those who keep account of their requests: such a queue is not submitted to.
+    pub(super) fn with_ring<T>(&self, work: impl FnOnce(&mut SplitDriver) -> Result<T, RingError>) -> Result<T, Error> {
+        self.on_ring(&mut lock(&self.state), work)
+    }
+
+    /// Likewise, wait for the device to complete something, until `deadline`: it need not have.
+    pub(super) fn wait_for_call(&self, deadline: Instant) -> Result<(), Error> {
+        match self.wait_once(lock(&self.state), deadline) {
+            Ok(_) | Err(Error::Timeout(_)) => Ok(()),
+            Err(other) => Err(other),
+        }
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        lock(&self.state).ring.size()
+    }
+
+    /// Whether requests of several parts go into indirect tables.
+    #[must_use]
+    pub fn indirect(&self) -> bool {
+        self.indirect
+    }
+
     fn add(&self, state: &mut State, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {
         let parts = || readable.iter().map(|part| part.len()).chain(writable.iter().copied()).filter(|part| *part > 0);
         let count = parts().count();
@@ -409,7 +438,7 @@ impl Queue {
 }
 
 /// Where a part of `length` bytes begins that comes after `end`.
-fn place(end: usize, length: usize) -> usize {
+pub(super) fn place(end: usize, length: usize) -> usize {
     end.next_multiple_of(length.next_power_of_two().clamp(MIN_ALIGNMENT, MAX_ALIGNMENT))
 }
 

@@ -27,6 +27,9 @@ const FEATURES_OK: u8 = 8;
 /// Events that nobody asked for are kept up to this number; a back-end that sends more loses its channel.
 const MAX_EVENTS: usize = 1024;
 
+/// Descriptors that anybody waits for, with the sockets of the session.
+const MOST: usize = 4;
+
 /// How often somebody who waits is asked whether to go on.
 const SLICE: Duration = Duration::from_millis(50);
 
@@ -440,14 +443,17 @@ impl Frontend {
                 return Err(Error::Timeout("the back-end did not answer in time".to_owned()));
             }
             let channel = lock(&self.channel).clone();
-            let mut ready = Vec::with_capacity(N + 2);
-            ready.extend(wanted.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN)));
-            ready.push(PollFd::new(&self.socket, PollFlags::RDHUP));
-            ready.extend(channel.iter().map(|channel| PollFd::new(&channel.socket, PollFlags::IN)));
+            let sockets = [PollFd::new(&self.socket, PollFlags::RDHUP)].into_iter();
+            let sockets = sockets.chain(channel.iter().map(|channel| PollFd::new(&channel.socket, PollFlags::IN)));
+            let wanted = wanted.iter().map(|descriptor| PollFd::from_borrowed_fd(*descriptor, PollFlags::IN));
+            let mut ready: [_; MOST] = std::array::from_fn(|_| PollFd::new(&self.socket, PollFlags::empty()));
+            const { assert!(N + 2 <= MOST) };
+            let count = ready.iter_mut().zip(wanted.chain(sockets)).map(|(to, from)| *to = from).count();
+            let ready = &mut ready[..count];
             let patience = self.patience.get();
             let slice = if patience.is_some() { left.min(SLICE) } else { left };
             let timeout = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
-            match poll(&mut ready, Some(&timeout)) {
+            match poll(ready, Some(&timeout)) {
                 Ok(0) | Err(Errno::INTR) => match patience {
                     Some(Patience(goes_on)) if !goes_on() => return Err(Error::Interrupted),
                     _ => continue,

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use proptest::collection::vec;
+use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use super::*;
@@ -848,6 +850,105 @@ fn a_wait_ends_when_patience_does() {
     frontend.set_patience(move || !asked.swap(true, Ordering::Relaxed));
     assert!(matches!(frontend.get_features(), Err(Error::Interrupted)));
     peer.join().unwrap();
+}
+
+// Load.
+
+#[test]
+fn a_load_goes_on_for_its_time_and_accounts_for_every_byte() {
+    for (features, indirect) in [(FEATURES, true), (VirtioFeatures::VERSION_1.0, false)] {
+        for poll in [false, true] {
+            let (frontend, _echo) = connect(1, Frontend::SUPPORTED);
+            let queue = start(&frontend, 0, features, QueueOptions { indirect, ..OPTIONS });
+            let workload = Workload::Chain { readable: vec![3, 5000], writable: vec![7] };
+            let runtime = Duration::from_millis(50);
+            let options = LoadOptions { runtime, timeout: Duration::from_secs(5), poll };
+            let control = Control::default();
+            let tally = load(&[&queue], &workload, 16, options, &control).unwrap();
+            assert!(tally.elapsed >= runtime && tally.requests > 16, "{tally:?}");
+            assert_eq!((tally.sent, tally.received), (5003 * tally.requests, 7 * tally.requests));
+            assert_eq!((control.requests(), queue.outstanding()), (tally.requests, 0));
+            let percentile = |percent| tally.latency.percentile(percent).unwrap();
+            assert!(tally.latency.least().unwrap() <= percentile(50.0) && percentile(50.0) <= percentile(100.0));
+        }
+    }
+}
+
+#[test]
+fn a_load_ends_when_it_is_told_to() {
+    let (frontend, _echo) = connect(1, Frontend::SUPPORTED);
+    let queue = start(&frontend, 0, FEATURES, OPTIONS);
+    let control = Control::default();
+    let workload = Workload::Chain { readable: vec![1], writable: vec![1] };
+    let begin = Instant::now();
+    let options = LoadOptions { runtime: Duration::from_secs(60), timeout: Duration::from_secs(5), poll: false };
+    thread::scope(|scope| {
+        let running = scope.spawn(|| load(&[&queue], &workload, 1, options, &control).unwrap());
+        while control.requests() == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        control.stop();
+        assert!(running.join().unwrap().requests > 0);
+    });
+    assert!(begin.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn a_device_that_hangs_or_dies_ends_a_load() {
+    for (dies, poll) in [(false, false), (false, true), (true, false), (true, true)] {
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let (queue, peer) = scripted_queue(4, true, move |ring, _, peer| {
+            take(ring);
+            if dies {
+                drop(peer);
+            } else {
+                let _ = held.recv();
+            }
+        });
+        let workload = Workload::Chain { readable: vec![1], writable: vec![1] };
+        let timeout = Duration::from_millis(if dies { 5000 } else { 100 });
+        let options = LoadOptions { runtime: Duration::from_secs(60), timeout, poll };
+        let begin = Instant::now();
+        let error = load(&[&queue], &workload, 3, options, &Control::default()).unwrap_err();
+        assert!(begin.elapsed() < Duration::from_secs(4));
+        if dies {
+            assert!(matches!(error, Error::Closed(_)), "{error}");
+        } else {
+            let told = "queue 0: the device has 3 requests, and completed none of them within 0.1 s";
+            assert_eq!(error.to_string(), told);
+        }
+        drop(hold);
+        peer.join().unwrap();
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_percentile_is_the_value_or_up_to_a_64th_more(
+        mut values in vec((any::<u64>(), 0..64u32).prop_map(|(value, shift)| value >> shift), 1..200),
+        percent in 0.0..=100.0f64,
+        split in 0..200usize,
+    ) {
+        let (mut histogram, mut other) = (Histogram::default(), Histogram::default());
+        for (at, value) in values.iter().enumerate() {
+            if at < split { &mut histogram } else { &mut other }.record(*value);
+        }
+        histogram.merge(&other);
+        values.sort_unstable();
+        let rank = ((percent / 100.0 * values.len() as f64).ceil() as usize).max(1);
+        let (exact, told) = (values[rank - 1], histogram.percentile(percent).unwrap());
+        prop_assert!(exact <= told && told - exact <= exact / 64, "{told} instead of {exact}");
+        prop_assert_eq!(histogram.percentile(100.0), values.last().copied());
+        prop_assert_eq!(histogram.least(), Some(values[0]));
+        let sum: u128 = values.iter().map(|value| u128::from(*value)).sum();
+        prop_assert_eq!(histogram.mean(), Some(sum as f64 / values.len() as f64));
+    }
+}
+
+#[test]
+fn nothing_has_no_percentile() {
+    let histogram = Histogram::default();
+    assert_eq!((histogram.percentile(50.0), histogram.mean(), histogram.least()), (None, None, None));
 }
 
 const _: fn() = || {

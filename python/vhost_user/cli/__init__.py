@@ -40,6 +40,7 @@ COMMANDS = {
     "trace": Row("show what a front-end and a back-end say to each other", "trace:configure"),
     "replay": Row("send a recorded front-end's messages to a back-end, and compare its answers", "replay:configure"),
     "check": Row("check a back-end against the specification", "check:configure"),
+    "bench": Row("put load on a back-end, and tell how fast it is", "bench:configure"),
 }
 
 EXAMPLES = """\
