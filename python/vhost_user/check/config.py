@@ -157,8 +157,10 @@ def read_only(case: Case) -> None:
     before = _read(wire, 8)
     case.outcome(wire, "SET_CONFIG", config(0, bytes(8)))
     wire.close()
-    after = _read(case.negotiated(), 8)
+    wire = case.negotiated()
+    after = _read(wire, 8)
     if before != after:
+        case.outcome(wire, "SET_CONFIG", config(0, before))
         fail(f"the capacity was {before.hex(' ')} and is {after.hex(' ')}", "the same")
 
 

@@ -56,11 +56,17 @@ def _i2c_read(data: bytes, length: int) -> str:
 
 _FRAME = bytes(12) + bytes.fromhex("020000000001 020000000002 88b5") + bytes(46)
 _VSOCK_RESET = struct.pack("<QQIIIHHIII", 3, 2, 1, 1, 0, 1, 3, 0, 0, 0)
+#: A header, and version 7.31 without options.
+_FUSE_INIT = struct.pack("=IIQQIIII", 56, 26, 1, 0, 0, 0, 0, 0) + struct.pack("=IIII", 7, 31, 0, 0)
 
 _EXERCISES = {
     DeviceId.NET: Exercise(1, [_FRAME], [], _nothing_written),
     DeviceId.BLOCK: Exercise(0, [struct.pack("<IIQ", 0, 0, 0)], [512, 1], _blk_read),
     DeviceId.CONSOLE: Exercise(1, [b"vhost-user check\r\n"], [], _nothing_written),
+    # More room than the answer of any version needs.
+    DeviceId.FS: Exercise(1, [_FUSE_INIT], [16, 64]),
+    DeviceId.MEMORY_BALLOON: Exercise(1, [bytes(4)], [], _nothing_written),
+    DeviceId.SPI: Exercise(0, [bytes(32)], [1], is_certain=False),
     DeviceId.RNG: Exercise(0, [], [64], _rng_bytes),
     DeviceId.RTC: Exercise(0, [struct.pack("<H6x", 0x1000)], [16], _whole),
     DeviceId.INPUT: Exercise(1, [bytes(8)], [], _nothing_written),

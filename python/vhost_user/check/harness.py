@@ -26,6 +26,9 @@ from .wire import IDS, NEED_REPLY, VERSION, Closed, Feature, Memory, Protocol, R
 #: Seconds after which something that should not come did not.
 QUIET = 0.04
 
+#: Seconds after which a back-end that accepts no connection is gone, and not about to listen again.
+PATIENCE = 1.0
+
 #: Seconds that an answer or a request may take, unless somebody says otherwise.
 TIMEOUT = 2.0
 
@@ -135,7 +138,6 @@ class Facts:
     features: int
     protocol: int
     queues: int | None
-    config: bool
 
     def has(self, name: str) -> bool:
         """Whether it offers a feature of the ring or of the protocol."""
@@ -161,7 +163,9 @@ class Target:
         self._folder = tempfile.TemporaryDirectory(prefix="vhost-user-check-") if path is None else None
         self.path = path or os.path.join(self._folder.name if self._folder else "", "backend.sock")
         self._process: subprocess.Popen[bytes] | None = None
+        self._was_there = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._heard = 0
 
     def connect(self) -> Wire:
         """Connect, which has to be possible.
@@ -172,15 +176,25 @@ class Target:
         is_running = self._process is not None and self._process.poll() is None
         if self.command is not None and (self.serves_once or not is_running):
             self.start()
-        deadline = time.monotonic() + (1.0 if self.command else 0.0)
+        try:
+            return self._open()
+        except OSError as error:
+            raise TargetError(f"{self.path}: {error.strerror or 'nobody accepts the connection'}") from None
+
+    def _open(self) -> Wire:
+        """Connect, with patience for those who make their socket anew for each front-end."""
+        deadline = time.monotonic() + (min(self.timeout, PATIENCE) if self._was_there or self.command else 0.0)
         while True:
             try:
-                return Wire(self.path, self.timeout)
-            except OSError as error:
-                # It may have made its socket, and not listen yet.
-                if not isinstance(error, ConnectionRefusedError) or time.monotonic() > deadline:
-                    raise TargetError(f"{self.path}: {error.strerror or 'nobody accepts the connection'}") from None
-            time.sleep(0.005)
+                wire = Wire(self.path, self.timeout)
+            except (ConnectionRefusedError, FileNotFoundError):
+                is_dead = self._process is not None and self._process.poll() is not None
+                if is_dead or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+            else:
+                self._was_there = True
+                return wire
 
     def start(self) -> None:
         """Start the command anew.
@@ -226,7 +240,7 @@ class Target:
             return self.fate() or "the back-end ended"
         wire: Wire | None = None
         try:
-            wire = Wire(self.path, self.timeout)
+            wire = self._open()
             wire.ask("GET_FEATURES")
         except OSError as error:
             return self.fate() or f"afterwards the back-end accepts no connection ({error.strerror or error})"
@@ -238,9 +252,14 @@ class Target:
         return ""
 
     def _said(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        # Not by seeking: the process writes where we read.
+        output = os.pread(self._errors.fileno(), 1 << 16, self._heard)
+        lines = output.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
+
+    def forget_what_was_said(self) -> None:
+        """What the process has printed so far is not about what comes."""
+        self._heard = os.fstat(self._errors.fileno()).st_size
 
     def stop(self) -> None:
         """End the process that was started."""
@@ -277,6 +296,7 @@ class Case:
         """Whether it is not this check's finding that the back-end is dead."""
         self._target = target
         self._connections = 0
+        self._accompanied: set[Wire] = set()
         self._owned = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -389,12 +409,21 @@ class Case:
 
     def start(self, wire: Wire, ring: Ring, base: int = 0, *, enable: bool = True) -> None:
         """Set a ring up, kick it, and enable it."""
+        self.start_companions(wire, ring.memory, enable=enable)
         self.place(wire, ring, base)
         self.tell(wire, "SET_VRING_CALL", u64(ring.index), [ring.call.descriptor])
         self.tell(wire, "SET_VRING_ERR", u64(ring.index), [ring.error.descriptor])
         self.tell(wire, "SET_VRING_KICK", u64(ring.index), [ring.kick.descriptor])
         if enable:
             self.enable(wire, ring)
+
+    def start_companions(self, wire: Wire, memory: Memory, *, enable: bool = True) -> None:
+        """Start the queues before that of the exercise, once: DPDK works on a pair of queues when both are there."""
+        if wire in self._accompanied:
+            return
+        self._accompanied.add(wire)
+        for index in range(self.exercise.queue):
+            self.start(wire, self.new_ring(memory, index=index), enable=enable)
 
     def enable(self, wire: Wire, ring: Ring, on: bool = True) -> None:
         """SET_VRING_ENABLE, where there is that."""
@@ -492,6 +521,7 @@ class Suite:
         if self._gone:
             return Result(chosen, Verdict.ERROR, f"the back-end is gone since {self._gone}")
         began = time.monotonic()
+        self.target.forget_what_was_said()
         case = Case(self.target, self.facts, self.device)
         verdict, reason, expected = Verdict.PASS, "", ""
         try:
@@ -580,7 +610,7 @@ class Suite:
             raise TargetError(f"{self.target.path}: {error}; no vhost-user back-end?") from None
         finally:
             wire.close()
-        facts = Facts(features, protocol, queues, bool(protocol & Protocol.CONFIG))
+        facts = Facts(features, protocol, queues)
         dead = self.target.why_dead()
         if dead:
             if self.target.command is None:

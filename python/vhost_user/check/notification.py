@@ -179,6 +179,7 @@ def no_kick_descriptor(case: Case) -> None:
     wire = case.negotiated()
     memory = case.memory()
     case.share(wire, memory)
+    case.start_companions(wire, memory)
     ring = case.new_ring(memory)
     case.place(wire, ring)
     case.tell(wire, "SET_VRING_CALL", u64(ring.index), [ring.call.descriptor])

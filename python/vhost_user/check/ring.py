@@ -240,6 +240,7 @@ def any_order(case: Case) -> None:
     wire = case.negotiated()
     memory = case.memory()
     case.share(wire, memory)
+    case.start_companions(wire, memory)
     ring = case.new_ring(memory)
     case.tell(wire, "SET_VRING_NUM", vring_state(ring.index, ring.size))
     case.tell(wire, "SET_VRING_ADDR", ring.address_payload())
