@@ -209,6 +209,10 @@ impl<'a> Job<'a> {
                 // Who looks at nothing but the ring does not see that the back-end is gone.
                 looked = now;
                 queue.wait_for_call(now + Duration::from_millis(1))?;
+                queue.with_ring(|ring| {
+                    ring.disable_calls();
+                    Ok(())
+                })?;
             } else {
                 std::hint::spin_loop();
             }
