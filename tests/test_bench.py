@@ -275,10 +275,13 @@ def test_ctrl_c_prints_what_was_measured(serve: Serve) -> None:
     path = serve(Counting())
     command = [*COMMAND, str(path), "--writable", "8", "--runtime", "60", "--runs", "2", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(10):
-            assert answered.acquire(timeout=20)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        try:
+            for _ in range(10):
+                assert answered.acquire(timeout=20)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert (process.returncode, errors.splitlines()) == (130, [])
     (run,) = json.loads(output)["targets"][0]["runs"]
     assert run["interrupted"] is True
@@ -292,6 +295,7 @@ def test_a_terminal_is_told_how_far_it_is(serve: Serve) -> None:
     try:
         command = [*COMMAND, str(path), "--writable", "8", "--runtime", "0.6"]
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=other_end, timeout=20, check=True)
+        os.set_blocking(terminal, False)
         shown = os.read(terminal, 1 << 16).decode()
     finally:
         os.close(terminal)
