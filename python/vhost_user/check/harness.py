@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from ..errors import VhostUserError
 from ..features import UNKNOWN, DeviceType
@@ -79,6 +79,9 @@ class TargetError(VhostUserError):
     """There is no back-end to check, or it goes away before it can be."""
 
 
+Function = TypeVar("Function", bound="Callable[[Case], object]")
+
+
 @dataclass(frozen=True)
 class Check:
     """A sentence about back-ends that can be tried."""
@@ -107,10 +110,10 @@ CHECKS: dict[str, Check] = {}
 
 def check(
     name: str, section: str, *, needs: str = "", device: str = "", may_kill: bool = False
-) -> Callable[[Callable[[Case], object]], Callable[[Case], object]]:
+) -> Callable[[Function], Function]:
     """Register a function as a check. Its docstring is the sentence that it checks."""
 
-    def register(function: Callable[[Case], object]) -> Callable[[Case], object]:
+    def register(function: Function) -> Function:
         assert name not in CHECKS, f"there are two checks {name}"
         CHECKS[name] = Check(name, section, tuple(needs.split()), device, may_kill, function)
         return function
