@@ -16,7 +16,7 @@ from vhost_user.features import by_name
 Judge = Callable[..., list[Result]]
 
 #: Seconds that a wrong back-end gets to answer.
-IMPATIENT = 0.3
+IMPATIENT = 0.2
 
 
 @pytest.fixture

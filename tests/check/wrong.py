@@ -176,11 +176,6 @@ class OffersInbandAlone(Session):
     protocol = 1 << 3 | 1 << 14
 
 
-@fails("features.dependencies")
-class SendsDescriptorsNowhere(Session):
-    protocol = 1 << 3 | 1 << 10
-
-
 @fails("features.queue-count")
 class HasNoQueues(Session):
     def get_queue_num(self, payload, descriptors):
@@ -188,13 +183,16 @@ class HasNoQueues(Session):
 
 
 @fails("features.late-owner")
-class HasOneOwner(Session):
-    owned = False
+class WantsItsOwnerFirst(Session):
+    learned = False
+
+    def set_protocol_features(self, payload, descriptors):
+        super().set_protocol_features(payload, descriptors)
+        self.learned = True
 
     def set_owner(self, payload, descriptors):
-        if self.owned:
+        if self.learned:
             raise Refused
-        self.owned = True
 
 
 @fails("features.reset-owner")
@@ -433,9 +431,12 @@ class CannotStop(Session):
 
 
 @fails("ring.disabled")
-class WaitsForAnotherKick(Session):
+class SkipsWhatWaitedForIt(Session):
     def set_vring_enable(self, payload, descriptors):
-        self.ring(payload[0]).enabled = bool(payload[4])
+        ring = self.ring(payload[0])
+        assert ring.addresses is not None
+        (ring.next_avail,) = self.load(ring.addresses[2] + 2, "<H")
+        super().set_vring_enable(payload, descriptors)
 
 
 @fails("ring.disabled-and-enabled")

@@ -52,7 +52,6 @@ def reply_size(case: Case) -> None:
 def no_unasked_answer(case: Case) -> None:
     """A request that has no answer of its own gets none without NEED_REPLY."""
     wire = case.negotiated()
-    wire.send("SET_OWNER")
     wire.send("SET_VRING_NUM", vring_state(case.exercise.queue, 16))
     answer = wire.ask("GET_FEATURES")
     if answer.request != IDS["GET_FEATURES"]:
@@ -62,10 +61,11 @@ def no_unasked_answer(case: Case) -> None:
 @check("framing.acknowledgement", "vhost-user: VHOST_USER_PROTOCOL_F_REPLY_ACK", needs="REPLY_ACK")
 def acknowledgement(case: Case) -> None:
     """With REPLY_ACK and NEED_REPLY, a request is acknowledged by its id and a 64-bit 0."""
-    answer = case.negotiated().ask("SET_OWNER", flags=VERSION | NEED_REPLY)
-    right = (answer.request, answer.flags & ~NEED_REPLY, answer.payload) == (IDS["SET_OWNER"], 5, bytes(8))
+    payload = vring_state(case.exercise.queue, 16)
+    answer = case.negotiated().ask("SET_VRING_NUM", payload, flags=VERSION | NEED_REPLY)
+    right = (answer.request, answer.flags & ~NEED_REPLY, answer.payload) == (IDS["SET_VRING_NUM"], 5, bytes(8))
     if not right:
-        fail(f"{answer}", "SET_OWNER flags 0x5 size 8: zeroes")
+        fail(f"{answer}", "SET_VRING_NUM flags 0x5 size 8: zeroes")
 
 
 @check(

@@ -21,7 +21,21 @@ from ..features import UNKNOWN, DeviceType
 from ..frontend import Frontend
 from ..info import inspect
 from .exercises import Exercise, exercise_for
-from .wire import IDS, NEED_REPLY, VERSION, Closed, Feature, Memory, Protocol, Ring, Silent, Wire, u64, vring_state
+from .wire import (
+    IDS,
+    NEED_REPLY,
+    VERSION,
+    Closed,
+    Feature,
+    Memory,
+    Protocol,
+    Ring,
+    Silent,
+    Wire,
+    u64,
+    vring_state,
+    wait_until,
+)
 
 #: Seconds after which something that should not come did not.
 QUIET = 0.04
@@ -166,7 +180,10 @@ class Target:
         self._folder = tempfile.TemporaryDirectory(prefix="vhost-user-check-") if path is None else None
         self.path = path or os.path.join(self._folder.name if self._folder else "", "backend.sock")
         self._process: subprocess.Popen[bytes] | None = None
+        self.listens_anew = False
+        """Whether it makes its socket anew for each connection."""
         self._was_there = False
+        self._last_identity: tuple[int, int] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._heard = 0
 
@@ -186,8 +203,13 @@ class Target:
 
     def _open(self) -> Wire:
         """Connect, with patience for those who make their socket anew for each front-end."""
-        deadline = time.monotonic() + (min(self.timeout, PATIENCE) if self._was_there or self.command else 0.0)
+        patience = min(self.timeout, PATIENCE) if self._was_there or self.command else 0.0
+        deadline = time.monotonic() + patience
+        if self.listens_anew:
+            # A connection to the socket before would be cut off.
+            wait_until(lambda: self.identity() not in {None, self._last_identity}, patience)
         while True:
+            self._last_identity = self.identity()
             try:
                 wire = Wire(self.path, self.timeout)
             except (ConnectionRefusedError, FileNotFoundError):
@@ -198,6 +220,14 @@ class Target:
             else:
                 self._was_there = True
                 return wire
+
+    def identity(self) -> tuple[int, int] | None:
+        """What tells a socket from another one at the same path."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_ctime_ns
 
     def start(self) -> None:
         """Start the command anew.
@@ -241,18 +271,24 @@ class Target:
             return fate if "was killed" in fate else ""
         if self._process is not None and self._process.poll() is not None:
             return self.fate() or "the back-end ended"
-        wire: Wire | None = None
-        try:
-            wire = self._open()
-            wire.ask("GET_FEATURES")
-        except OSError as error:
-            return self.fate() or f"afterwards the back-end accepts no connection ({error.strerror or error})"
-        except (Closed, Silent) as error:
-            return self.fate() or f"on the next connection GET_FEATURES is not answered: {error}"
-        finally:
-            if wire is not None:
-                wire.close()
-        return ""
+        deadline = time.monotonic() + min(self.timeout, PATIENCE)
+        while True:
+            wire: Wire | None = None
+            try:
+                wire = self._open()
+                wire.ask("GET_FEATURES")
+            except OSError as error:
+                return self.fate() or f"afterwards the back-end accepts no connection ({error.strerror or error})"
+            except (Closed, Silent) as error:
+                # The connection may have been waiting at a socket that was given up.
+                if isinstance(error, Silent) or time.monotonic() > deadline:
+                    return self.fate() or f"on the next connection GET_FEATURES is not answered: {error}"
+            else:
+                return ""
+            finally:
+                if wire is not None:
+                    wire.close()
+            time.sleep(0.005)
 
     def _said(self) -> str:
         # Not by seeking: the process writes where we read.
@@ -357,7 +393,9 @@ class Case:
             if answer.request != IDS[request] or answer.u64:
                 raise Failed(f"the back-end answered {answer}", f"{request} is accepted with an acknowledgement of 0")
         else:
+            # What comes next may be a kick, which does not wait for messages that came before.
             wire.send(request, payload, descriptors)
+            wire.ask("GET_FEATURES")
 
     def outcome(self, wire: Wire, request: str | int, payload: bytes = b"", descriptors: Sequence[int] = ()) -> str:
         """What becomes of a request that is not one: "refused", "closed" or "accepted".
@@ -582,6 +620,8 @@ class Suite:
                 self._works = f"the device completes no request ({error}); {known}"
             finally:
                 case.close()
+            if self.target.why_dead() and self.target.command is None:
+                self._gone = "its first request"
             if self.target.serves_once:
                 self.target.stop()
         return self._works
@@ -600,6 +640,7 @@ class Suite:
     def _learn(self) -> Facts:
         """What is offered, by a connection of its own; and whether there can be another."""
         wire = self.target.connect()
+        identity = self.target.identity()
         try:
             features = wire.ask("GET_FEATURES").u64
             if features < 0:
@@ -615,6 +656,7 @@ class Suite:
             wire.close()
         facts = Facts(features, protocol, queues)
         dead = self.target.why_dead()
+        self.target.listens_anew = not dead and self.target.identity() != identity
         if dead:
             if self.target.command is None:
                 raise TargetError(

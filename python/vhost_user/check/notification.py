@@ -162,7 +162,7 @@ def call_replaced(case: Case) -> None:
 
 @check("notification.kick-replaced", _SET_KICK, needs="request")
 def kick_replaced(case: Case) -> None:
-    """A kick descriptor may be replaced while the ring runs, as QEMU does."""
+    """A kick descriptor may be replaced while the ring runs, as when a driver of User-Mode Linux is bound again."""
     wire, ring = case.running()
     case.perform(ring)
     old, ring.kick = ring.kick, Notifier()
