@@ -71,7 +71,7 @@ def index_of_get_vring_base(case: Case) -> None:
 @check("errors.ring-of-no-entries", _NUM, needs="REPLY_ACK")
 def ring_of_no_entries(case: Case) -> None:
     """A ring of no entries is refused."""
-    who = "libvhost-user takes it for a ring that is not there"
+    who = "libvhost-user does so"
     case.should_refuse(
         case.negotiated(), "no ring has 0 entries", who, "SET_VRING_NUM", vring_state(case.exercise.queue, 0)
     )
@@ -89,7 +89,7 @@ def ring_of_seven(case: Case) -> None:
 @check("errors.ring-of-65536", "Virtio 1.3, 2.7: Split Virtqueues", needs="REPLY_ACK")
 def ring_of_65536(case: Case) -> None:
     """A ring of more than 32768 entries is refused."""
-    who = "libvhost-user looks at it when the ring starts"
+    who = "libvhost-user does so"
     payload = vring_state(case.exercise.queue, 65536)
     case.should_refuse(case.negotiated(), "a ring has at most 32768 entries", who, "SET_VRING_NUM", payload)
 
@@ -139,7 +139,7 @@ def addresses_not_aligned(case: Case) -> None:
     ring = case.new_ring(memory)
     case.tell(wire, "SET_VRING_NUM", vring_state(ring.index, ring.size))
     payload = ring.address_payload(descriptors=memory.to_user(ring.descriptors) + 1)
-    who = "libvhost-user looks at the used ring only"
+    who = "libvhost-user does so"
     case.should_refuse(wire, "the descriptor table is at an odd address", who, "SET_VRING_ADDR", payload)
 
 
@@ -169,7 +169,8 @@ def surplus_descriptor(case: Case) -> None:
     os.close(reading)
     if not ended:
         raise Differs(
-            "it is still open after the connection has ended: a peer can use up all that the process may have", "closed"
+            "it is still open after the connection has ended; libvhost-user forgets it, too, until none is left",
+            "closed",
         )
 
 

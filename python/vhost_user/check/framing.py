@@ -145,7 +145,7 @@ def version(case: Case) -> None:
     """A request of another version than 1 is not served."""
     wire = case.connect()
     wire.send("GET_FEATURES", flags=2)
-    _unserved(wire, "a request of version 2 was served; QEMU and libvhost-user do not look at it")
+    _unserved(wire, "a request of version 2 was served; libvhost-user does not look at it")
 
 
 @check("framing.reply-is-no-request", "vhost-user: Header")
@@ -153,7 +153,7 @@ def reply_is_no_request(case: Case) -> None:
     """A message with the reply flag is not taken for a request."""
     wire = case.connect()
     wire.send("GET_FEATURES", flags=VERSION | REPLY)
-    _unserved(wire, "a reply that nobody asked for was served as a request; QEMU and libvhost-user do so")
+    _unserved(wire, "a reply that nobody asked for was served as a request; libvhost-user does so")
 
 
 def _unserved(wire: Wire, who: str) -> None:

@@ -188,7 +188,7 @@ def regions_overlap(case: Case) -> None:
     """Regions that overlap are refused."""
     memory = case.memory()
     payload = _table(memory.region(), memory.region(user=0x7000_0000))
-    who = "libvhost-user uses the one that it finds first"
+    who = "older versions of libvhost-user use the one that they find first"
     case.should_refuse(
         case.negotiated(),
         "two regions have the same guest addresses",
@@ -257,5 +257,5 @@ def add_twice(case: Case) -> None:
     wire = case.negotiated(Protocol.CONFIGURE_MEM_SLOTS)
     memory = case.memory()
     case.tell(wire, "ADD_MEM_REG", _single(memory.region()), [memory.descriptor])
-    who = "libvhost-user uses the one that it finds first"
+    who = "older versions of libvhost-user use the one that they find first"
     case.should_refuse(wire, "it overlaps another", who, "ADD_MEM_REG", _single(memory.region()), [memory.descriptor])

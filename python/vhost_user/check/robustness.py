@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 from collections.abc import Callable
 
@@ -98,8 +99,6 @@ def twenty_times(case: Case) -> None:
 @check("robustness.descriptors-are-closed", "vhost-user: Message types, ancillary data", needs="REPLY_ACK")
 def descriptors_are_closed(case: Case) -> None:
     """The descriptors of a connection are closed when it ends."""
-    import select
-
     wire = case.negotiated()
     reading, writing = os.pipe()
     try:
