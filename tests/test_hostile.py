@@ -6,6 +6,7 @@ After every test the device serves a good front-end, and no descriptor or mappin
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import resource
@@ -1002,3 +1003,13 @@ def test_memory_that_grows_back_does_not_matter(front: FrontEnd, memory: Memory)
     ring, _ = two_rings(front, memory)
     os.truncate(memory.descriptor, memory.size * 2)
     assert front.exchange(ring, b"abc", 8) == b"\0cba"
+
+
+def test_the_log_follows_the_level_that_its_logger_has_now(front: FrontEnd, caplog: pytest.LogCaptureFixture) -> None:
+    front.tell(Id.SET_OWNER)
+    with caplog.at_level(logging.CRITICAL, "vhost_user"):
+        assert front.ask(Id.SET_VRING_NUM, vring_state(0, 48)) != 0
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING, "vhost_user"):
+        assert front.ask(Id.SET_VRING_NUM, vring_state(0, 48)) != 0
+    assert "refused: SET_VRING_NUM: queue 0 asked for 48 entries" in caplog.text

@@ -21,7 +21,7 @@ pub use request::Request;
 
 /// Send the core's log records to Python's `logging`, below the logger "vhost_user".
 pub fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
-    let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::LoggersAndLevels)?.install();
+    let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::Loggers)?.install();
     // Another copy of the core in this process has done it already.
     drop(installed);
     Ok(())
