@@ -88,6 +88,7 @@ impl Backend {
         if let Some(size) = queue_sizes.iter().find(|size| !size.is_power_of_two() || **size > MAX_QUEUE_SIZE) {
             return Err(PyValueError::new_err(format!("a queue cannot have {size} entries")));
         }
+        super::choose_log_level(py)?;
         let events = Arc::new(EventLoop::new().map_err(|error| to_python(py, error))?);
         let vrings = (0u16..)
             .zip(queue_sizes.iter().zip(max_requests))

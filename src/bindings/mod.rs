@@ -24,5 +24,17 @@ pub fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
     let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::Loggers)?.install();
     // Another copy of the core in this process has done it already.
     drop(installed);
+    choose_log_level(py)
+}
+
+/// Make records of single messages only if somebody wants them now: to ask Python for each would run its signal handlers
+/// in the middle of a message, and lose a KeyboardInterrupt.
+fn choose_log_level(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
+    use pyo3::types::PyAnyMethods;
+
+    let logging = py.import("logging")?;
+    let logger = logging.call_method1("getLogger", ("vhost_user",))?;
+    let wanted = logger.call_method1("isEnabledFor", (logging.getattr("DEBUG")?,))?.is_truthy()?;
+    log::set_max_level(if wanted { log::LevelFilter::Debug } else { log::LevelFilter::Info });
     Ok(())
 }
