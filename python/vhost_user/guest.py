@@ -569,9 +569,12 @@ def _newest_build(pattern: str) -> Path:
 
 
 def _story(headline: str, /, **sections: str) -> str:
-    """`headline`, and the last lines of each section that has any."""
+    """`headline`, and the last lines of each section that has any. A panic is shown from its first line on."""
     story = headline
     for title, text in sections.items():
-        if lines := text.strip().splitlines()[-40:]:
-            story += f"\n--- {title}\n" + "\n".join(lines)
+        lines = text.strip().splitlines()
+        panics = (at for at, line in enumerate(lines) if "Kernel panic" in line)
+        start = min(max(len(lines) - 40, 0), next(panics, len(lines)))
+        if excerpt := lines[start : start + 120]:
+            story += f"\n--- {title}\n" + "\n".join(excerpt)
     return story

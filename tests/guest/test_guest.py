@@ -208,6 +208,14 @@ def test_a_panic_is_an_error_that_shows_it() -> None:
         panicking.run("echo 1 >/proc/sys/kernel/sysrq; sleep 1; echo c >/proc/sysrq-trigger", timeout=20)
 
 
+def test_a_panic_with_a_long_trace_is_shown_from_its_first_line() -> None:
+    story = r"--- kernel\n.*Kernel panic - for a test(.|\n)*\n100\n"
+    with Uml() as panicking, pytest.raises(GuestError, match=story):
+        panicking.run(
+            "printf 'Kernel panic - for a test\n%s\n' \"$(seq 100)\" >/dev/kmsg; busybox poweroff -f; sleep 10"
+        )
+
+
 def test_a_guest_ends_with_the_program_that_started_it(scratch: Path) -> None:
     program = "from vhost_user.guest import Uml; uml = Uml().start(); print(uml.pid, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
