@@ -111,11 +111,13 @@ def test_after_closing_nothing_goes_on(pair: Pair) -> None:
 def test_who_waits_is_told_that_the_front_end_was_closed(pair: Pair) -> None:
     frontend, _ = pair()
     queue = frontend.negotiate().queue(0)
-    threading.Timer(SHORT, frontend.close).start()
+    closer = threading.Timer(SHORT, frontend.close)
+    closer.start()
     began = time.monotonic()
     with pytest.raises(vu.StateError, match="queue 0: the front-end was closed"):
         queue.submit(b"?").wait(60)
     assert time.monotonic() - began < LONG
+    closer.join()
 
 
 def test_a_callback_may_close_the_front_end(pair: Pair) -> None:

@@ -112,6 +112,16 @@ class GuestBuffer:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
 
+class _Offer(Protocol):
+    """What a device offers to a front-end: `vhost_user._runtime.Offer`."""
+
+    @property
+    def features(self) -> int: ...
+    @property
+    def protocol(self) -> int: ...
+    @property
+    def gpu_socket(self) -> bool: ...
+
 @final
 class Backend:
     """A device being served: its queues, its configuration space, its session, and the loop that drives them."""
@@ -122,7 +132,7 @@ class Backend:
         queue_sizes: list[int],
         max_requests: list[int],
         handlers: list[Callable[[Request], object] | None],
-        features: int,
+        offer: _Offer,
         config: bytes,
     ) -> Backend: ...
     def set_handlers(self, handlers: list[Callable[[Request], object] | None]) -> None:

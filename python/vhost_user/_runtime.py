@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
 from ._core import Backend, Request
@@ -31,6 +31,17 @@ logger = logging.getLogger("vhost_user.device")
 
 #: Seconds for which a second front-end is kept waiting for the first one to go away.
 PATIENCE = 1.0
+
+
+class Offer(NamedTuple):
+    """What a device offers to a front-end, beside what every device has."""
+
+    features: int
+    """Bits of the device type."""
+    protocol: int
+    """Bits of the protocol."""
+    gpu_socket: bool
+    """Whether it takes GPU_SET_SOCKET, for which there is no bit."""
 
 
 class ConfigStorage:
@@ -232,7 +243,8 @@ class Runtime:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
-        return Backend(self, sizes, limits, self._bound_handlers(), features, bytes(self.config.space))
+        offer = Offer(features, int(device._offers), device._takes_gpu_socket)
+        return Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
 
     def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
         """What takes the requests of each queue."""
@@ -346,6 +358,7 @@ class Runtime:
         return {
             "device_id": int(device.device_id),
             "features": f"{int(device.features):#x}",
+            "protocol features": f"{int(device._offers):#x}",
             "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
             "max_request": [declaration.max_request for declaration in device._queues],
             "configuration space": [f"{field.name} at {field.offset}" for field in device._layout.fields],

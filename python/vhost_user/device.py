@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from . import config
+from ._core import ProtocolFeature
 from ._runtime import Runtime
 from .errors import DeclarationError
 from .queues import Queue
@@ -52,6 +53,10 @@ class Device:
     _layout: ClassVar[config.Layout] = config.Layout("Device", [])
     _field_hooks: ClassVar[Mapping[str, str]] = {}
 
+    #: What :mod:`vhost_user.extensions` adds to it.
+    _offers: ClassVar[ProtocolFeature] = ProtocolFeature(0)
+    _takes_gpu_socket: ClassVar[bool] = False
+
     _runtime: Runtime
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -59,13 +64,16 @@ class Device:
         device._runtime = Runtime(device)
         return device
 
-    def __init_subclass__(cls, *, device_id: int | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, device_id: int | None = None, offers: int = 0, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if device_id is not None:
             if not 0 < device_id < 1 << 16:
                 raise DeclarationError(f"{cls.__name__}: a device id is a number from 1 to 65535, not {device_id}")
             cls.device_id = device_id
         members = [member for base in reversed(cls.__mro__) for member in vars(base).values()]
+        for base in cls.__bases__:
+            offers |= getattr(base, "_offers", 0)
+        cls._offers = ProtocolFeature(offers)
         cls._queues = _last_by_name(members, Queue)
         cls._layout = config.Layout(cls.__name__, _last_by_name(members, config.Field))
         cls._handlers = _handlers(cls, members)

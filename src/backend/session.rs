@@ -46,12 +46,16 @@ const TAKEN_WITHOUT_ASKING: VirtioFeatures =
     VirtioFeatures(VirtioFeatures::INDIRECT_DESC.0 | VirtioFeatures::EVENT_IDX.0 | VirtioFeatures::VERSION_1.0);
 
 /// What a device offers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Profile {
     /// Bits of the device type, as in GET_FEATURES.
     pub device_features: u64,
     /// Whether the device has a configuration space.
     pub has_config: bool,
+    /// What the device implements itself, beside what every device has.
+    pub extensions: ProtocolFeatures,
+    /// Whether the device is one that takes GPU_SET_SOCKET, for which there is no feature.
+    pub takes_gpu_socket: bool,
 }
 
 impl Profile {
@@ -70,7 +74,8 @@ impl Profile {
             | ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS
             | ProtocolFeatures::STATUS;
-        if self.has_config { always | ProtocolFeatures::CONFIG } else { always }
+        let config = if self.has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::default() };
+        always | config | self.extensions
     }
 }
 
@@ -350,8 +355,11 @@ impl Session {
         {
             return refuse(format!("needs the protocol feature {feature}, which this device did not offer"));
         }
-        if matches!(info.gate, Gate::AccessPlatform | Gate::Gpu) {
+        if info.gate == Gate::AccessPlatform {
             return refuse("belongs to a feature that this device did not offer".to_owned());
+        }
+        if info.gate == Gate::Gpu && !self.profile.takes_gpu_socket {
+            return refuse("this device does not draw by itself: it takes no socket for that".to_owned());
         }
         if info.rings == Rings::One
             && let Some(queue) = message.queue()
@@ -436,6 +444,7 @@ impl Session {
                 if !unknown.is_empty() {
                     return Err(refuse(format!("{unknown} was not offered")));
                 }
+                ProtocolFeatures(bits).check_requirements().map_err(refuse)?;
                 self.protocol_features = ProtocolFeatures(bits);
             }
             M::GetQueueNum(Empty) => return self.reply(request, U64(self.vrings.len() as u64)),
@@ -667,10 +676,20 @@ impl Session {
     // --- Answers ----------------------------------------------------------------------------------------------------
 
     fn reply(&mut self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
+        self.reply_with(request, payload, None)
+    }
+
+    fn reply_with(
+        &mut self,
+        request: FrontendRequest,
+        payload: impl Payload,
+        file: Option<OwnedFd>,
+    ) -> Result<Done, Error> {
         let mut bytes = Vec::new();
         payload.encode(&mut bytes);
-        log::debug!("-> {} ({} bytes)", request.name(), bytes.len());
-        if !self.connection.try_send(request as u32, Flags::ANSWER, &bytes)? && self.stalled.is_none() {
+        log::debug!("-> {} ({} bytes, {} descriptors)", request.name(), bytes.len(), usize::from(file.is_some()));
+        let files = file.into_iter().collect();
+        if !self.connection.try_send(request as u32, Flags::ANSWER, &bytes, files)? && self.stalled.is_none() {
             let deadline = Instant::now() + SEND_DEADLINE;
             self.stalled = Some(Stalled { deadline, timer: self.events.add_timer(deadline) });
             self.watch_connection();
@@ -701,7 +720,7 @@ impl Session {
         }
         let has_own_reply = match request.info().answer {
             Answer::Ack => false,
-            Answer::Reply(_) => true,
+            Answer::Reply(_) | Answer::ReplyAndFile(_) => true,
             Answer::ReplyWith(feature, _) => self.protocol_features.contains(feature),
         };
         if need_reply && !has_own_reply {

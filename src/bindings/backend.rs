@@ -17,6 +17,7 @@ use crate::backend::{
     Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
+use crate::protocol::ProtocolFeatures;
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
@@ -70,6 +71,25 @@ struct Inner {
     polls_in_vain: u32,
 }
 
+/// `vhost_user._runtime.Offer`: what a device offers to a front-end.
+#[derive(Debug, FromPyObject)]
+struct Offer {
+    features: u64,
+    protocol: u64,
+    gpu_socket: bool,
+}
+
+impl Offer {
+    fn profile(&self, has_config: bool) -> Profile {
+        Profile {
+            device_features: self.features,
+            has_config,
+            extensions: ProtocolFeatures(self.protocol),
+            takes_gpu_socket: self.gpu_socket,
+        }
+    }
+}
+
 #[pymethods]
 impl Backend {
     #[new]
@@ -78,7 +98,7 @@ impl Backend {
         queue_sizes: Vec<u16>,
         max_requests: Vec<u32>,
         handlers: Handlers,
-        features: u64,
+        offer: Offer,
         config: Vec<u8>,
         py: Python<'_>,
     ) -> PyResult<Self> {
@@ -100,7 +120,7 @@ impl Backend {
         Ok(Self {
             runtime,
             handlers: Mutex::new(handlers),
-            profile: Profile { device_features: features, has_config: !config.is_empty() },
+            profile: offer.profile(!config.is_empty()),
             vrings,
             config: Arc::new(ConfigSpace::new(config)),
             channel: Arc::default(),

@@ -50,7 +50,7 @@ pub fn messages() -> Vec<MessageInfo> {
 fn describe((channel, info): (&'static str, &Info)) -> MessageInfo {
     let (answer, answered) = match info.answer {
         Answer::Ack => ("U64", "asked".to_owned()),
-        Answer::Reply(payload) => (payload, "always".to_owned()),
+        Answer::Reply(payload) | Answer::ReplyAndFile(payload) => (payload, "always".to_owned()),
         Answer::ReplyWith(feature, payload) => (payload, feature.to_string()),
     };
     MessageInfo {
@@ -176,7 +176,9 @@ pub fn decode(
     Ok(DecodedMessage {
         name: info.name.to_owned(),
         answer,
-        acknowledgement: answer && !matches!(info.answer, Answer::Reply(_)) && payload_name == "U64",
+        acknowledgement: answer
+            && !matches!(info.answer, Answer::Reply(_) | Answer::ReplyAndFile(_))
+            && payload_name == "U64",
         fields: fields.unbind(),
         problem: checked.err(),
     })
@@ -213,7 +215,7 @@ fn check_answer(layout: &Layout, payload: &[u8]) -> Result<(), String> {
 fn answer_payload(answer: Answer, size: usize) -> &'static str {
     match answer {
         Answer::Ack => "U64",
-        Answer::Reply(payload) => payload,
+        Answer::Reply(payload) | Answer::ReplyAndFile(payload) => payload,
         // Without the feature it is an acknowledgement.
         Answer::ReplyWith(..) if size == size_of::<u64>() => "U64",
         Answer::ReplyWith(_, payload) => payload,

@@ -139,7 +139,7 @@ impl Frontend {
             let descriptors: Vec<_> = descriptors.iter().map(borrow).collect();
             self.core.exchange_payload(request, &payload, &descriptors)
         })?;
-        Ok(answer.map(|payload| PyBytes::new(py, &payload)))
+        Ok(answer.map(|reply| PyBytes::new(py, &reply.payload)))
     }
 
     /// End the session: whoever waits is told.

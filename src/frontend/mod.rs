@@ -18,7 +18,7 @@ mod session;
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use memory::{Allocation, Memory};
 pub use queue::{Completion, Queue, QueueOptions};
-pub use session::{Event, Frontend, Offer};
+pub use session::{Event, Frontend, Offer, Reply};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

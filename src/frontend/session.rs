@@ -78,6 +78,14 @@ struct Channel {
     socket: OwnedFd,
 }
 
+/// What came back for a request.
+#[derive(Debug, Default)]
+pub struct Reply {
+    pub payload: Vec<u8>,
+    /// Of a request that may be answered with a descriptor.
+    pub file: Option<OwnedFd>,
+}
+
 /// What a back-end can do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
@@ -238,7 +246,7 @@ impl Frontend {
     pub fn get_config(&self, offset: u32, size: usize) -> Result<Vec<u8>, Error> {
         let message = FrontendMessage::GetConfig(Config { offset, flags: 0, bytes: check_config_size(vec![0; size])? });
         self.check_gate(&message)?;
-        let payload = self.exchange(&message, &[])?.unwrap_or_default();
+        let payload = self.exchange(&message, &[])?.unwrap_or_default().payload;
         let refused = |reason: &str| Error::Refused { message: message.request().name(), reason: reason.to_owned() };
         if payload.is_empty() {
             return Err(refused("the back-end answered with an error"));
@@ -319,14 +327,10 @@ impl Frontend {
         self.event_count.as_fd()
     }
 
-    /// Send any message at any time, and return the payload of what comes back, if something has to.
+    /// Send any message at any time, and return what comes back, if something has to.
     ///
     /// This is for those who want to see what a back-end makes of it; the other methods keep to the protocol.
-    pub fn exchange(
-        &self,
-        message: &FrontendMessage,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Option<Vec<u8>>, Error> {
+    pub fn exchange(&self, message: &FrontendMessage, descriptors: &[BorrowedFd<'_>]) -> Result<Option<Reply>, Error> {
         let mut payload = Vec::new();
         message.encode(&mut payload);
         self.exchange_payload(message.request(), &payload, descriptors)
@@ -338,7 +342,7 @@ impl Frontend {
         request: FrontendRequest,
         payload: &[u8],
         descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Option<Vec<u8>>, Error> {
+    ) -> Result<Option<Reply>, Error> {
         let name = request.name();
         let mut main = lock(&self.main);
         if let Some(reason) = &main.over {
@@ -362,20 +366,20 @@ impl Frontend {
         request: FrontendRequest,
         payload: &[u8],
         descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Option<Vec<u8>>, Error> {
+    ) -> Result<Option<Reply>, Error> {
         let deadline = Instant::now() + self.timeout;
         let acknowledged = self.protocol_features().contains(ProtocolFeatures::REPLY_ACK);
         let (flags, answered) = match request.info().answer {
             Answer::Ack if acknowledged => (Flags::REQUEST_NEED_REPLY, true),
             Answer::ReplyWith(feature, _) if !self.protocol_features().contains(feature) => (Flags::REQUEST, false),
             Answer::Ack => (Flags::REQUEST, false),
-            Answer::Reply(_) | Answer::ReplyWith(..) => (Flags::REQUEST, true),
+            Answer::Reply(_) | Answer::ReplyAndFile(_) | Answer::ReplyWith(..) => (Flags::REQUEST, true),
         };
         connection.send(request as u32, flags, payload, descriptors, deadline)?;
         if !answered {
             return Ok(None);
         }
-        let frame = loop {
+        let mut frame = loop {
             match connection.try_receive()? {
                 Received::Frame(frame) => break frame,
                 Received::Closed => return Err(Error::Closed("the back-end closed the connection".to_owned())),
@@ -383,26 +387,40 @@ impl Frontend {
             };
         };
         frame.header.check_reply(request as u32, "reply")?;
-        match frame.defect {
-            Some(defect) => Err(Error::Framing(format!("the reply is broken: {defect}"))),
-            None if !frame.descriptors.is_empty() => {
-                Err(Error::Framing(format!("the reply has {} descriptors, expected none", frame.descriptors.len())))
-            }
-            None => Ok(Some(frame.payload)),
+        if let Some(defect) = frame.defect {
+            return Err(Error::Framing(format!("the reply is broken: {defect}")));
         }
+        let most = usize::from(matches!(request.info().answer, Answer::ReplyAndFile(_)));
+        if frame.descriptors.len() > most {
+            let came = frame.descriptors.len();
+            let expected = if most == 0 { "none" } else { "at most one" };
+            return Err(Error::Framing(format!("the reply has {came} descriptors, expected {expected}")));
+        }
+        Ok(Some(Reply { payload: frame.payload, file: frame.descriptors.pop() }))
     }
 
     /// Send a request that is answered with an `R`.
     pub(super) fn ask<R: Payload>(&self, message: &FrontendMessage) -> Result<R, Error> {
+        self.ask_for_file(message, &[]).map(|(reply, _)| reply)
+    }
+
+    /// Send a request that is answered with an `R`, and maybe with a descriptor.
+    pub(super) fn ask_for_file<R: Payload>(
+        &self,
+        message: &FrontendMessage,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(R, Option<OwnedFd>), Error> {
         self.check_gate(message)?;
-        let payload = self.exchange(message, &[])?.unwrap_or_default();
-        R::decode(&payload).map_err(|reason| self.give_up(message, &format!("the reply makes no sense: {reason}")))
+        let Reply { payload, file } = self.exchange(message, descriptors)?.unwrap_or_default();
+        let reply = R::decode(&payload);
+        let reply = reply.map_err(|reason| self.give_up(message, &format!("the reply makes no sense: {reason}")))?;
+        Ok((reply, file))
     }
 
     /// Send a request that is at most acknowledged.
     pub(super) fn tell(&self, message: &FrontendMessage, descriptors: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.check_gate(message)?;
-        let Some(payload) = self.exchange(message, descriptors)? else { return Ok(()) };
+        let Some(Reply { payload, .. }) = self.exchange(message, descriptors)? else { return Ok(()) };
         match U64::decode(&payload) {
             Ok(U64(0)) => Ok(()),
             Ok(U64(code)) => Err(Error::Refused {

@@ -592,7 +592,7 @@ impl Echo {
             .map(|index| Arc::new(Vring::new(index, 1024, RingLimits::default(), events.wakeup())))
             .collect();
         let (config, channel) = (Arc::new(ConfigSpace::new(b"configuration".to_vec())), Arc::<Channel>::default());
-        let profile = Profile { device_features: 0, has_config: true };
+        let profile = Profile { has_config: true, ..Profile::default() };
         let session =
             Session::new(socket.into(), profile, vrings.clone(), config.clone(), channel.clone(), events.clone());
         let mut session = session.unwrap();
@@ -816,11 +816,12 @@ fn memory_is_replaced_while_a_queue_runs() {
 fn any_message_can_be_sent_at_any_time() {
     let (frontend, _echo) = connect(1, Frontend::SUPPORTED);
     let message = FrontendMessage::SetVringNum(VringState { index: 7, num: 3 });
-    let answer = frontend.exchange(&message, &[]).unwrap().unwrap();
+    let answer = frontend.exchange(&message, &[]).unwrap().unwrap().payload;
     assert_ne!(answer, [0; 8], "there is no queue 7");
-    let answer = frontend.exchange(&FrontendMessage::GetFeatures(Empty), &[]).unwrap().unwrap();
+    let answer = frontend.exchange(&FrontendMessage::GetFeatures(Empty), &[]).unwrap().unwrap().payload;
     assert_eq!(answer.len(), 8);
-    assert_eq!(frontend.exchange(&FrontendMessage::SetStatus(U64(1)), &[]).unwrap(), Some(vec![0; 8]));
+    let answer = frontend.exchange(&FrontendMessage::SetStatus(U64(1)), &[]).unwrap().unwrap().payload;
+    assert_eq!(answer, [0; 8]);
 }
 
 #[test]

@@ -92,6 +92,26 @@ feature_word! {
     }
 }
 
+impl ProtocolFeatures {
+    /// Features that make no sense without others, and those. vhost-user specification, "Protocol features".
+    const REQUIREMENTS: &'static [(Self, Self)] = &[
+        (Self::INBAND_NOTIFICATIONS, Self(Self::BACKEND_REQ.0 | Self::REPLY_ACK.0)),
+        (Self::GET_VRING_BASE_INFLIGHT, Self::INFLIGHT_SHMFD),
+        (Self::GET_VRING_BASE_SKIP_DRAIN, Self(Self::GET_VRING_BASE_INFLIGHT.0 | Self::INFLIGHT_SHMFD.0)),
+    ];
+
+    /// Refuse a choice of features of which one needs another that was not chosen.
+    pub fn check_requirements(self) -> Result<(), String> {
+        for (feature, required) in Self::REQUIREMENTS {
+            let missing = required.without(self);
+            if self.contains(*feature) && !missing.is_empty() {
+                return Err(format!("{feature} needs {missing} beside it"));
+            }
+        }
+        Ok(())
+    }
+}
+
 feature_word! {
     /// The bits of GET_FEATURES and SET_FEATURES that belong to the transport and the rings, not to a device type.
     VirtioFeatures {
@@ -123,5 +143,13 @@ mod tests {
         let word = ProtocolFeatures::REPLY_ACK | ProtocolFeatures::CONFIG | ProtocolFeatures(1 << 40);
         assert_eq!(word.to_string(), "REPLY_ACK | CONFIG | bit 40");
         assert_eq!(VirtioFeatures(0).to_string(), "none");
+    }
+
+    #[test]
+    fn a_feature_that_needs_another_is_refused_alone() {
+        let inband = ProtocolFeatures::INBAND_NOTIFICATIONS;
+        let refusal = (inband | ProtocolFeatures::REPLY_ACK).check_requirements();
+        assert_eq!(refusal, Err("INBAND_NOTIFICATIONS needs BACKEND_REQ beside it".to_owned()));
+        assert!((inband | ProtocolFeatures::REPLY_ACK | ProtocolFeatures::BACKEND_REQ).check_requirements().is_ok());
     }
 }

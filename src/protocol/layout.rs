@@ -229,7 +229,7 @@ mod tests {
         for info in FrontendRequest::TABLE.iter().chain(BackendRequest::TABLE) {
             let answer = match info.answer {
                 Answer::Ack => "U64",
-                Answer::Reply(payload) | Answer::ReplyWith(_, payload) => payload,
+                Answer::Reply(payload) | Answer::ReplyAndFile(payload) | Answer::ReplyWith(_, payload) => payload,
             };
             for name in [info.payload, answer] {
                 assert!(Layout::named(name).is_some(), "{}: {name}", info.name);

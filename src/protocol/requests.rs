@@ -38,6 +38,8 @@ pub enum Answer {
     Ack,
     /// Always this payload.
     Reply(&'static str),
+    /// Always this payload, and a descriptor if there is one to give.
+    ReplyAndFile(&'static str),
     /// This payload if the feature was negotiated, an acknowledgement otherwise.
     ReplyWith(ProtocolFeatures, &'static str),
 }
@@ -165,7 +167,7 @@ fn check_descriptors(info: &Info, described: usize, came: usize) -> Result<(), S
     if came == expected { Ok(()) } else { Err(format!("expected {expected} descriptors, got {came}")) }
 }
 
-use Answer::{Ack, Reply, ReplyWith};
+use Answer::{Ack, Reply, ReplyAndFile, ReplyWith};
 use Gate::{AccessPlatform, Always, Gpu, Protocol};
 
 type P = ProtocolFeatures;
@@ -203,10 +205,10 @@ requests! {
     25 => SetConfig(Config), "SET_CONFIG", D::None, Protocol(P::CONFIG), Ack, R::None;
     26 => CreateCryptoSession(Box<CryptoSession>), "CREATE_CRYPTO_SESSION", D::None, Protocol(P::CRYPTO_SESSION), Reply("CryptoSession"), R::None;
     27 => CloseCryptoSession(U64), "CLOSE_CRYPTO_SESSION", D::None, Protocol(P::CRYPTO_SESSION), Ack, R::None;
-    28 => PostcopyAdvise(Empty), "POSTCOPY_ADVISE", D::None, Protocol(P::PAGEFAULT), Reply("Empty"), R::None;
+    28 => PostcopyAdvise(Empty), "POSTCOPY_ADVISE", D::None, Protocol(P::PAGEFAULT), ReplyAndFile("Empty"), R::None;
     29 => PostcopyListen(Empty), "POSTCOPY_LISTEN", D::None, Protocol(P::PAGEFAULT), Ack, R::None;
     30 => PostcopyEnd(Empty), "POSTCOPY_END", D::None, Protocol(P::PAGEFAULT), Reply("U64"), R::None;
-    31 => GetInflightFd(Inflight), "GET_INFLIGHT_FD", D::None, Protocol(P::INFLIGHT_SHMFD), Reply("Inflight"), R::None;
+    31 => GetInflightFd(Inflight), "GET_INFLIGHT_FD", D::None, Protocol(P::INFLIGHT_SHMFD), ReplyAndFile("Inflight"), R::None;
     32 => SetInflightFd(Inflight), "SET_INFLIGHT_FD", D::One, Protocol(P::INFLIGHT_SHMFD), Ack, R::All;
     33 => GpuSetSocket(Empty), "GPU_SET_SOCKET", D::One, Gpu, Ack, R::None;
     34 => ResetDevice(Empty), "RESET_DEVICE", D::None, Protocol(P::RESET_DEVICE), Ack, R::All;
@@ -216,8 +218,8 @@ requests! {
     38 => RemMemReg(SingleRegion), "REM_MEM_REG", D::AtMostOne, Protocol(P::CONFIGURE_MEM_SLOTS), Ack, R::All;
     39 => SetStatus(U64), "SET_STATUS", D::None, Protocol(P::STATUS), Ack, R::None;
     40 => GetStatus(Empty), "GET_STATUS", D::None, Protocol(P::STATUS), Reply("U64"), R::None;
-    41 => GetSharedObject(Uuid), "GET_SHARED_OBJECT", D::None, Protocol(P::SHARED_OBJECT), Reply("Uuid"), R::None;
-    42 => SetDeviceStateFd(DeviceState), "SET_DEVICE_STATE_FD", D::One, Protocol(P::DEVICE_STATE), Reply("U64"), R::None;
+    41 => GetSharedObject(Uuid), "GET_SHARED_OBJECT", D::None, Protocol(P::SHARED_OBJECT), ReplyAndFile("Uuid"), R::None;
+    42 => SetDeviceStateFd(DeviceState), "SET_DEVICE_STATE_FD", D::One, Protocol(P::DEVICE_STATE), ReplyAndFile("U64"), R::None;
     43 => CheckDeviceState(Empty), "CHECK_DEVICE_STATE", D::None, Protocol(P::DEVICE_STATE), Reply("U64"), R::None;
     44 => GetShmemConfig(Empty), "GET_SHMEM_CONFIG", D::None, Protocol(P::SHMEM), Reply("ShmemConfig"), R::None;
     45 => GetVringBaseSkipDrain(VringState), "GET_VRING_BASE_SKIP_DRAIN", D::None, Protocol(P::GET_VRING_BASE_SKIP_DRAIN), Reply("VringState"), R::One;
@@ -233,7 +235,7 @@ requests! {
     5  => VringErr(VringState), "BACKEND_VRING_ERR", D::None, Protocol(P::INBAND_NOTIFICATIONS), Ack, R::One;
     6  => SharedObjectAdd(Uuid), "BACKEND_SHARED_OBJECT_ADD", D::None, Protocol(P::SHARED_OBJECT), Ack, R::None;
     7  => SharedObjectRemove(Uuid), "BACKEND_SHARED_OBJECT_REMOVE", D::None, Protocol(P::SHARED_OBJECT), Ack, R::None;
-    8  => SharedObjectLookup(Uuid), "BACKEND_SHARED_OBJECT_LOOKUP", D::None, Protocol(P::SHARED_OBJECT), Reply("U64"), R::None;
+    8  => SharedObjectLookup(Uuid), "BACKEND_SHARED_OBJECT_LOOKUP", D::None, Protocol(P::SHARED_OBJECT), ReplyAndFile("U64"), R::None;
     9  => ShmemMap(ShmemMap), "BACKEND_SHMEM_MAP", D::One, Protocol(P::SHMEM), Ack, R::None;
     10 => ShmemUnmap(ShmemMap), "BACKEND_SHMEM_UNMAP", D::None, Protocol(P::SHMEM), Ack, R::None;
 }

@@ -4,6 +4,7 @@
 //!
 //! vhost-user specification, "Message Specification" and "Communication".
 
+use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketType, recvmsg, send, sendmsg, sockopt,
+    SendAncillaryMessage, SendFlags, SocketType, recvmsg, sendmsg, sockopt,
 };
 
 use crate::error::Error;
@@ -56,7 +57,14 @@ pub struct Connection {
     descriptors: Vec<OwnedFd>,
     defect: Option<String>,
     /// What the socket has had no room for yet.
-    unsent: Vec<u8>,
+    unsent: VecDeque<Unsent>,
+}
+
+/// A message, or the rest of one. Its descriptors go with its first byte.
+#[derive(Debug)]
+struct Unsent {
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Connection {
@@ -75,7 +83,7 @@ impl Connection {
             received: 0,
             descriptors: Vec::new(),
             defect: None,
-            unsent: Vec::new(),
+            unsent: VecDeque::new(),
         })
     }
 
@@ -126,20 +134,28 @@ impl Connection {
 
     /// Send a message in one sendmsg, without waiting; what does not fit is left for [`flush`](Self::flush). Returns
     /// whether everything was sent.
-    pub fn try_send(&mut self, request: u32, flags: Flags, payload: &[u8]) -> Result<bool, Error> {
-        Header { request, flags, size: payload.len() as u32 }.encode(&mut self.unsent);
-        self.unsent.extend_from_slice(payload);
+    pub fn try_send(
+        &mut self,
+        request: u32,
+        flags: Flags,
+        payload: &[u8],
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<bool, Error> {
+        self.unsent.push_back(Unsent { bytes: assemble(request, flags, payload), descriptors });
         self.flush()
     }
 
     /// Send what is left of earlier messages, without waiting. Returns whether everything was sent.
     pub fn flush(&mut self) -> Result<bool, Error> {
-        while !self.unsent.is_empty() {
-            match send(&self.socket, &self.unsent, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(count) => drop(self.unsent.drain(..count)),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(errno) => return Err(send_error(errno)),
+        while let Some(Unsent { bytes, descriptors }) = self.unsent.front_mut() {
+            let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            match send_some(self.socket.as_fd(), bytes, &borrowed)? {
+                Some(count) if count == bytes.len() => drop(self.unsent.pop_front()),
+                Some(count) => {
+                    bytes.drain(..count);
+                    descriptors.clear();
+                }
+                None => return Ok(false),
             }
         }
         Ok(true)
@@ -154,22 +170,13 @@ impl Connection {
         descriptors: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<(), Error> {
-        let mut bytes = Vec::with_capacity(HEADER_SIZE + payload.len());
-        Header { request, flags, size: payload.len() as u32 }.encode(&mut bytes);
-        bytes.extend_from_slice(payload);
+        let bytes = assemble(request, flags, payload);
         let mut sent = 0;
         while sent < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(crate::protocol::MAX_DESCRIPTORS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if sent == 0 && !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-                return Err(Error::State(format!("{} descriptors do not fit in one message", descriptors.len())));
-            }
-            let rest = [IoSlice::new(&bytes[sent..])];
-            match sendmsg(&self.socket, &rest, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(count) => sent += count,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => wait_for(self.socket.as_fd(), PollFlags::OUT, deadline)?,
-                Err(errno) => return Err(send_error(errno)),
+            let descriptors = if sent == 0 { descriptors } else { &[] };
+            match send_some(self.socket.as_fd(), &bytes[sent..], descriptors)? {
+                Some(count) => sent += count,
+                None => wait_for(self.socket.as_fd(), PollFlags::OUT, deadline)?,
             }
         }
         Ok(())
@@ -224,6 +231,30 @@ impl Connection {
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+fn assemble(request: u32, flags: Flags, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_SIZE + payload.len());
+    Header { request, flags, size: payload.len() as u32 }.encode(&mut bytes);
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// Send what the socket has room for, with the descriptors. None if that is nothing at all.
+fn send_some(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<Option<usize>, Error> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(crate::protocol::MAX_DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(Error::State(format!("{} descriptors do not fit in one message", descriptors.len())));
+    }
+    loop {
+        match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(count) => return Ok(Some(count)),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(errno) => return Err(send_error(errno)),
+        }
     }
 }
 

@@ -207,3 +207,32 @@ fn only_a_unix_stream_socket_is_taken() {
     let (reader, _writer) = pipe();
     assert!(matches!(Connection::new(reader), Err(Error::State(_))));
 }
+
+#[test]
+fn what_has_to_wait_goes_out_later_with_its_own_descriptors() {
+    let (mut ours, theirs) = pair();
+    let mut peer = Connection::new(theirs.into()).unwrap();
+    let large = vec![7; crate::protocol::MAX_PAYLOAD];
+    let mut sent = 1;
+    while ours.try_send(1, Flags::ANSWER, &large, Vec::new()).unwrap() {
+        sent += 1;
+    }
+    let (reader, writer) = pipe();
+    assert!(!ours.try_send(2, Flags::ANSWER, b"with a file", vec![writer]).unwrap());
+
+    for _ in 0..sent {
+        let frame = peer.receive(soon()).unwrap();
+        assert_eq!((frame.header.request, frame.payload.len(), frame.descriptors.len()), (1, large.len(), 0));
+        ours.flush().unwrap();
+    }
+    let frame = peer.receive(soon()).unwrap();
+    assert_eq!((frame.header.request, &frame.payload[..], frame.descriptors.len()), (2, &b"with a file"[..], 1));
+    assert!(!is_closed_nonblocking(&reader));
+    drop(frame);
+    assert!(is_closed(&reader));
+}
+
+fn is_closed_nonblocking(reader: &OwnedFd) -> bool {
+    rustix::io::ioctl_fionbio(reader, true).unwrap();
+    is_closed(reader)
+}
