@@ -105,6 +105,11 @@ impl Region {
         self.watched.is_lost()
     }
 
+    /// Where the region begins in this process.
+    pub(super) fn host(&self) -> NonNull<u8> {
+        self.host
+    }
+
     /// The pointer for the byte at `offset` from the region's start.
     ///
     /// # Safety

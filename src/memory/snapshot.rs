@@ -47,6 +47,7 @@ pub struct OutsideMemory;
 pub struct Snapshot {
     /// By guest address, without overlaps.
     regions: Box<[Arc<Region>]>,
+    directory: Directory,
 }
 
 impl Snapshot {
@@ -100,7 +101,8 @@ impl Snapshot {
                 return Err(overlap("guest", pair[0].start(), pair[1].start()));
             }
         }
-        Ok(Self { regions: regions.into_boxed_slice() })
+        let directory = Directory::new(&regions);
+        Ok(Self { regions: regions.into_boxed_slice(), directory })
     }
 
     /// How many regions there are.
@@ -126,55 +128,57 @@ impl Snapshot {
         self.regions.iter().find(|region| region.is_lost()).map(|region| region.description())
     }
 
-    /// Call `segment` for each contiguous piece of `address..address + length`, in order.
-    ///
-    /// `hint` remembers the region that was used last: most ranges are in the same one. An empty range is nowhere and
+    /// Call `segment` for each contiguous piece of `address..address + length`, in order. An empty range is nowhere and
     /// is always good.
+    #[inline]
+    pub fn pieces(&self, address: u64, length: u64, mut segment: impl FnMut(Segment)) -> Result<(), OutsideMemory> {
+        if let Some(piece) = self.directory.piece_of(address, length)
+            && piece.length as u64 == length
+            && length > 0
+        {
+            segment(piece);
+            return Ok(());
+        }
+        self.pieces_slowly(address, length, &mut segment)
+    }
+
+    /// The same.
     #[inline]
     pub fn translate(
         &self,
         address: u64,
         length: u64,
-        hint: &mut usize,
-        mut segment: impl FnMut(Segment),
+        _hint: &mut usize,
+        segment: impl FnMut(Segment),
+    ) -> Result<(), OutsideMemory> {
+        self.pieces(address, length, segment)
+    }
+
+    #[inline(never)]
+    fn pieces_slowly(
+        &self,
+        mut address: u64,
+        mut length: u64,
+        segment: &mut dyn FnMut(Segment),
     ) -> Result<(), OutsideMemory> {
         if length == 0 {
             return Ok(());
         }
-        if let Some(region) = self.regions.get(*hint)
-            && let Some(piece) = piece_of(region, address, length)
-            && piece.length as u64 == length
-        {
-            segment(piece);
-            return Ok(());
-        }
-        self.translate_slowly(address, length, hint, &mut segment)
-    }
-
-    #[inline(never)]
-    fn translate_slowly(
-        &self,
-        mut address: u64,
-        mut length: u64,
-        hint: &mut usize,
-        segment: &mut dyn FnMut(Segment),
-    ) -> Result<(), OutsideMemory> {
         if address.checked_add(length).is_none() {
             return Err(OutsideMemory);
         }
-        let mut at = self.regions.partition_point(|region| region.end() <= address);
-        loop {
-            let piece =
-                self.regions.get(at).and_then(|region| piece_of(region, address, length)).ok_or(OutsideMemory)?;
-            *hint = at;
+        let spans = &self.directory.spans;
+        let first = spans.partition_point(|span| span.end() <= address);
+        for span in &spans[first..] {
+            let piece = span.piece_of(address, length).ok_or(OutsideMemory)?;
             segment(piece);
             address += piece.length as u64;
             length -= piece.length as u64;
             if length == 0 {
                 return Ok(());
             }
-            at += 1;
         }
+        Err(OutsideMemory)
     }
 
     /// The pointer for `length` bytes at a user address of the front-end, if one region holds them all.
@@ -219,17 +223,81 @@ impl Snapshot {
     }
 }
 
-/// The part of `address..address + length` that `region` holds, if it holds the first byte.
-#[inline]
-fn piece_of(region: &Region, address: u64, length: u64) -> Option<Segment> {
-    let offset = address.wrapping_sub(region.start());
-    let size = region.description().size;
-    if offset >= size {
-        return None;
+/// What translation needs of a region, and nothing else: a few of them share a cache line.
+#[derive(Debug)]
+struct Span {
+    start: u64,
+    size: u64,
+    host: NonNull<u8>,
+}
+
+impl Span {
+    /// It was checked that there is such an address.
+    fn end(&self) -> u64 {
+        self.start + self.size
     }
-    let length = length.min(size - offset) as usize;
-    // SAFETY: `offset < size` was checked just above.
-    Some(Segment { pointer: unsafe { region.pointer(offset) }, length })
+
+    /// The part of `address..address + length` that the region holds, if it holds the first byte.
+    #[inline]
+    fn piece_of(&self, address: u64, length: u64) -> Option<Segment> {
+        let offset = address.wrapping_sub(self.start);
+        if offset >= self.size {
+            return None;
+        }
+        let length = length.min(self.size - offset) as usize;
+        // SAFETY: `offset < size` was checked just above, and the snapshot keeps all bytes of the region mapped.
+        Some(Segment { pointer: unsafe { self.host.add(offset as usize) }, length })
+    }
+}
+
+/// Granules of the address space that a directory may have.
+const MAX_GRANULES: u64 = 4096;
+
+/// Where to look for an address, without trying one region after the other: which one a buffer is in is nothing that a
+/// processor can predict.
+#[derive(Debug, Default)]
+struct Directory {
+    /// By guest address, without overlaps.
+    spans: Box<[Span]>,
+    /// Where the first one begins.
+    start: u64,
+    /// The address space from there on is divided into granules of two to the power of this.
+    shift: u32,
+    /// For each granule, the first span that ends behind its start. If regions begin at multiples of a granule, it is the
+    /// one that is looked for; if not, the others are found slowly.
+    granules: Box<[u16]>,
+}
+
+// SAFETY: a Directory is address ranges. It hands out raw pointers, and what is read or written through them is shared
+// with another process in any case.
+unsafe impl Send for Directory {}
+// SAFETY: as above; no method changes the Directory.
+unsafe impl Sync for Directory {}
+
+impl Directory {
+    fn new(regions: &[Arc<Region>]) -> Self {
+        let spans: Box<[_]> = regions
+            .iter()
+            .map(|region| Span { start: region.start(), size: region.description().size, host: region.host() })
+            .collect();
+        let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Self::default() };
+        let start = first.start;
+        let extent = last.end() - start;
+        let aligned = spans.iter().map(|span| (span.start - start).trailing_zeros()).min().unwrap_or(0).min(63);
+        let fewest = (0..63).find(|shift| (extent - 1) >> shift < MAX_GRANULES).unwrap_or(63);
+        let shift = aligned.max(fewest);
+        let granules = (0..=(extent - 1) >> shift)
+            .map(|granule| spans.partition_point(|span| span.end() - start <= granule << shift) as u16)
+            .collect();
+        Self { start, shift, granules, spans }
+    }
+
+    #[inline]
+    fn piece_of(&self, address: u64, length: u64) -> Option<Segment> {
+        let granule = address.wrapping_sub(self.start) >> self.shift;
+        let at = self.granules.get(usize::try_from(granule).ok()?)?;
+        self.spans.get(usize::from(*at))?.piece_of(address, length)
+    }
 }
 
 fn overlap(kind: &str, first: u64, second: u64) -> Error {

@@ -127,3 +127,33 @@ fn a_file_that_shrinks_under_its_mapping_marks_the_region_and_spares_the_process
     assert!(faults_seen() > before);
     assert_eq!(snapshot.lost_region().map(|region| region.guest_address), Some(0x1000));
 }
+
+#[test]
+fn every_address_is_found_whether_or_not_regions_begin_at_multiples_of_anything() {
+    let page = 0x1000;
+    for layout in [
+        &[(0, 1), (1, 1), (2, 4), (6, 2)][..],
+        &[(0, 4), (8, 4), (16, 1)],
+        &[(3, 1), (5, 2), (7, 1), (0x10_0000, 3)],
+        // So far apart that many share a granule.
+        &[(1, 1), (2, 1), (4, 1), (0x10_0000_0001, 1), (0x10_0000_0002, 1)],
+    ] {
+        let regions: Vec<_> = layout.iter().map(|(start, pages)| region(start * page, pages * page, 0)).collect();
+        let files: Vec<_> = regions.iter().map(|region| file(region.size)).collect();
+        let snapshot = Snapshot::from_table(&regions, &files).unwrap();
+        let holds =
+            |address: u64| regions.iter().any(|region| address.wrapping_sub(region.guest_address) < region.size);
+        for region in &regions {
+            for address in [region.guest_address, region.guest_address + region.size] {
+                for address in [address.wrapping_sub(1), address, address + 1] {
+                    let found = segments(&snapshot, address, 1);
+                    assert_eq!(found, if holds(address) { Ok(vec![1]) } else { Err(OutsideMemory) }, "{address:#x}");
+                }
+            }
+            let user = region.user_address + region.size - 1;
+            let mut host = None;
+            snapshot.pieces(region.guest_address + region.size - 1, 1, |piece| host = Some(piece.pointer)).unwrap();
+            assert_eq!(host, snapshot.user_pointer(user, 1), "another byte than the region's last");
+        }
+    }
+}

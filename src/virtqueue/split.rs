@@ -139,8 +139,6 @@ pub struct SplitRing {
     /// The chain that was taken last, while it may still be put back.
     last_taken: Option<u16>,
 
-    /// The region that was used last.
-    hint: usize,
     /// Indirect tables are copied here before they are looked at.
     table: Vec<u8>,
 }
@@ -176,7 +174,6 @@ impl SplitRing {
             decided: None,
             in_flight: 0,
             last_taken: None,
-            hint: 0,
             table: Vec::new(),
         };
         ring.next_used = u16::from_le(ring.used_index().load(Ordering::Relaxed));
@@ -199,7 +196,6 @@ impl SplitRing {
     pub fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>) {
         self.parts = pointers.0;
         self.snapshot = snapshot;
-        self.hint = 0;
     }
 
     /// Go on at other addresses in the same memory, or stay where it is with an error.
@@ -387,7 +383,7 @@ impl SplitRing {
             copied += segment.length;
         };
         self.snapshot
-            .translate(descriptor.address, u64::from(descriptor.length), &mut self.hint, copy)
+            .pieces(descriptor.address, u64::from(descriptor.length), copy)
             .map_err(|_| self.outside(outer, descriptor))?;
 
         let (entries, _) = table.as_chunks::<{ DESCRIPTOR_SIZE as usize }>();
@@ -419,7 +415,7 @@ impl SplitRing {
             return Err(RingError::ReadableAfterWritable { descriptor: index });
         }
         self.snapshot
-            .translate(descriptor.address, u64::from(descriptor.length), &mut self.hint, |segment| {
+            .pieces(descriptor.address, u64::from(descriptor.length), |segment| {
                 chain.push_segment(segment, writable);
             })
             .map_err(|_| self.outside(index, descriptor))?;
