@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -18,6 +19,8 @@ use crate::error::Error;
 pub enum Token {
     /// The connection to the front-end.
     Session,
+    /// The connection for requests of our own.
+    Channel,
     /// The kick descriptor of a queue.
     Queue(u16),
     /// A descriptor that the device watches.
@@ -33,6 +36,7 @@ impl Token {
             Self::Session => 0,
             Self::Queue(index) => 1 << 32 | u64::from(index),
             Self::Device(id) => 2 << 32 | u64::from(id),
+            Self::Channel => 3 << 32,
         }
     }
 
@@ -41,6 +45,7 @@ impl Token {
             0 => Some(Self::Session),
             1 => Some(Self::Queue(data as u16)),
             2 => Some(Self::Device(data as u32)),
+            3 => Some(Self::Channel),
             _ => None,
         }
     }
@@ -97,6 +102,8 @@ pub struct EventLoop {
     /// Expires with the first timer, so that whoever waits for the loop from outside is told of timers too.
     timer: OwnedFd,
     timers: Mutex<Timers>,
+    /// Who waited last: the thread that runs the loop.
+    thread: Mutex<Option<ThreadId>>,
 }
 
 impl EventLoop {
@@ -110,7 +117,13 @@ impl EventLoop {
             .map_err(Error::os("creating a timerfd"))?;
         epoll::add(&epoll, &timer, EventData::new_u64(Token::TIMER), EventFlags::IN)
             .map_err(Error::os("watching the loop's own timerfd"))?;
-        Ok(Self { epoll, wakeup: Wakeup(Arc::new(wake)), timer, timers: Mutex::default() })
+        Ok(Self { epoll, wakeup: Wakeup(Arc::new(wake)), timer, timers: Mutex::default(), thread: Mutex::default() })
+    }
+
+    /// Whether the caller is on the thread that runs the loop.
+    #[must_use]
+    pub fn is_this_thread(&self) -> bool {
+        *self.thread() == Some(std::thread::current().id())
     }
 
     #[must_use]
@@ -157,6 +170,7 @@ impl EventLoop {
 
     /// Wait until something happens, `timeout` passes or a signal arrives; then append what happened.
     pub fn wait(&self, timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<(), Error> {
+        *self.thread() = Some(std::thread::current().id());
         let timeout =
             timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         let mut space = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
@@ -205,6 +219,10 @@ impl EventLoop {
         if let Err(errno) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
             log::error!("setting a timer failed: {errno}");
         }
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<ThreadId>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn timers(&self) -> MutexGuard<'_, Timers> {

@@ -5,7 +5,7 @@
 //! | `session` | one connection: what was negotiated, and what each message does |
 //! | `vring` | one queue across connections: its state, requests in flight, statistics |
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
-//! | `channel` | requests of the back-end, sent from any thread |
+//! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
 //!
@@ -18,7 +18,7 @@ mod notification;
 mod session;
 mod vring;
 
-pub use channel::Channel;
+pub use channel::{Channel, Granted, Then};
 pub use config::ConfigSpace;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use session::{Flow, Hooks, Profile, Session};

@@ -446,11 +446,11 @@ impl Session {
                 }
                 ProtocolFeatures(bits).check_requirements().map_err(refuse)?;
                 self.protocol_features = ProtocolFeatures(bits);
+                self.tell_channel();
             }
             M::GetQueueNum(Empty) => return self.reply(request, U64(self.vrings.len() as u64)),
             M::SetBackendReqFd(Empty) => {
-                self.channel.connect(files.pop()).map_err(|error| refuse(error.to_string()))?;
-                self.channel.set_suspended(self.active_queues().is_empty());
+                self.channel.connect(files.swap_remove(0)).map_err(|error| refuse(error.to_string()))?;
             }
             M::GetConfig(Config { offset, flags, bytes }) => {
                 let bytes = self.config.read(offset as usize, bytes.len());
@@ -496,6 +496,7 @@ impl Session {
             }
         }
         self.features = Some(features);
+        self.tell_channel();
         hooks.features_negotiated(features.0);
         Ok(())
     }
@@ -540,6 +541,8 @@ impl Session {
             Then::ReplyVringBase(queue) => {
                 let events = Arc::clone(&self.events);
                 let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
+                // The last one: nothing is sent after the answer.
+                self.suspend_channel();
                 let state = VringState { index: u32::from(queue), num: u32::from(base) };
                 self.reply(FrontendRequest::GetVringBase, state).map(drop)
             }
@@ -599,7 +602,7 @@ impl Session {
         for vring in self.vrings.iter() {
             vring.disconnect(|kick| self.events.forget(kick));
         }
-        let _ = self.channel.connect(None);
+        self.channel.disconnect();
         self.memory = Arc::default();
     }
 
@@ -635,18 +638,26 @@ impl Session {
             let active = self.vring(queue).is_active();
             if active && !self.started[usize::from(queue)] && self.waiting.is_none() {
                 self.started[usize::from(queue)] = true;
-                self.channel.set_suspended(false);
                 hooks.queue_started(queue);
                 self.ready.push_back(queue);
             } else if !active {
                 self.tell_stopping(queue, hooks);
             }
         }
+        self.suspend_channel();
+    }
+
+    /// While every ring is stopped, nothing is sent to the front-end.
+    fn suspend_channel(&self) {
+        self.channel.set_suspended(!self.vrings.iter().any(|vring| vring.is_started()));
+    }
+
+    fn tell_channel(&self) {
+        self.channel.set_negotiated(self.features.unwrap_or_default(), self.protocol_features);
     }
 
     fn tell_stopping(&mut self, queue: u16, hooks: &mut dyn Hooks) {
         if std::mem::take(&mut self.started[usize::from(queue)]) {
-            self.channel.set_suspended(!self.started.contains(&true));
             hooks.queue_stopping(queue);
         }
     }

@@ -286,6 +286,13 @@ impl Vring {
         matches!((&inner.kick, &inner.state), (Some(KickSource::Poll), State::Running { .. })) && inner.enabled
     }
 
+    /// Whether the ring is started, in the specification's words: its kicks may come. It need not be enabled.
+    #[must_use]
+    pub(super) fn is_started(&self) -> bool {
+        let inner = self.lock();
+        inner.kick.is_some() && !inner.parked
+    }
+
     /// Whether the device works on the ring at present.
     #[must_use]
     pub fn is_active(&self) -> bool {

@@ -123,7 +123,7 @@ impl Backend {
             profile: offer.profile(!config.is_empty()),
             vrings,
             config: Arc::new(ConfigSpace::new(config)),
-            channel: Arc::default(),
+            channel: Arc::new(Channel::new(Arc::clone(&events))),
             events,
             inner: Mutex::default(),
             dispatching: AtomicBool::new(false),
@@ -386,6 +386,7 @@ impl Backend {
             turn.on_event(event);
         }
         lock(&self.inner).events = events;
+        self.channel.settle();
         turn.look_at_pending();
         turn.with_session(|session, hooks| session.resume(hooks));
         turn.with_session(|session, hooks| match session.check_memory() {
@@ -431,6 +432,7 @@ impl<'py> Turn<'_, 'py> {
             Event::Ready { token: Token::Session, .. } => {
                 self.with_session(|session, hooks| session.on_ready(hooks));
             }
+            Event::Ready { token: Token::Channel, .. } => self.backend.channel.on_ready(),
             Event::Ready { token: Token::Queue(queue), .. } => {
                 self.with_session(|session, hooks| {
                     session.on_kick(queue, hooks);

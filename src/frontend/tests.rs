@@ -591,13 +591,15 @@ impl Echo {
         let vrings: Arc<[_]> = (0..queues)
             .map(|index| Arc::new(Vring::new(index, 1024, RingLimits::default(), events.wakeup())))
             .collect();
-        let (config, channel) = (Arc::new(ConfigSpace::new(b"configuration".to_vec())), Arc::<Channel>::default());
+        let config = Arc::new(ConfigSpace::new(b"configuration".to_vec()));
+        let channel = Arc::new(Channel::new(Arc::clone(&events)));
         let profile = Profile { has_config: true, ..Profile::default() };
         let session =
             Session::new(socket.into(), profile, vrings.clone(), config.clone(), channel.clone(), events.clone());
         let mut session = session.unwrap();
         let over = Arc::new(AtomicBool::new(false));
         let stop = over.clone();
+        let answers = channel.clone();
         let run = move || {
             let mut hooks = Quiet;
             let mut happened = Vec::new();
@@ -609,10 +611,12 @@ impl Echo {
                         backend::Event::Ready { token: Token::Session, .. } => {
                             flow = session.on_ready(&mut hooks).unwrap_or(Flow::Ended);
                         }
+                        backend::Event::Ready { token: Token::Channel, .. } => answers.on_ready(),
                         backend::Event::Ready { token: Token::Queue(queue), .. } => session.on_kick(queue, &mut hooks),
                         _ => {}
                     }
                 }
+                answers.settle();
                 if flow == Flow::Ended || session.resume(&mut hooks).unwrap_or(Flow::Ended) == Flow::Ended {
                     return;
                 }

@@ -161,6 +161,12 @@ impl Connection {
         Ok(true)
     }
 
+    /// Whether nothing is left to be sent.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.unsent.is_empty()
+    }
+
     /// Send a message in one sendmsg, with descriptors; what does not fit at once follows without the descriptors.
     pub fn send(
         &self,
