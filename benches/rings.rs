@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rig::{AVAIL, BATCH, DESCRIPTORS, Rig, SIZE, USED};
-use vhost_user::virtqueue::{Chain, RingOptions, SplitRing, Used};
+use vhost_user::virtqueue::{Chain, Ring, RingLimits, RingOptions, SplitRing, Used};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -22,8 +22,8 @@ criterion_main!(benches);
 fn split(criterion: &mut Criterion) {
     for (descriptors, regions) in [(1, 1), (3, 1), (1, 4), (3, 4), (1, 64), (3, 64)] {
         let mut rig = Rig::new(descriptors, regions);
-        let options = RingOptions { event_idx: false, indirect: true };
-        let ring = SplitRing::new(Rig::addresses(), SIZE, 0, options, Arc::clone(&rig.memory));
+        let options = RingOptions { indirect: true, ..RingOptions::default() };
+        let ring = SplitRing::new(Rig::addresses(), SIZE, 0, options, RingLimits::default(), Arc::clone(&rig.memory));
         let mut ring = ring.expect("a ring that is in memory");
         let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
         measure(criterion, &format!("split/{descriptors} descriptors/{regions} regions"), || {

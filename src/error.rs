@@ -87,6 +87,12 @@ pub enum RingError {
     #[error("the chain at descriptor {head} holds {bytes} bytes or more; the queue takes {limit}")]
     ChainTooLarge { head: u16, bytes: u64, limit: u32 },
 
+    #[error("a split ring has a power of two of entries up to 32768, not {size}")]
+    ImpossibleSize { size: u16 },
+
+    #[error("the ring of {size} entries cannot start at base {base:#x}")]
+    ImpossibleBase { base: u32, size: u16 },
+
     #[error("the memory of the ring is gone: {0}")]
     MemoryGone(String),
 

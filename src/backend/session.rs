@@ -485,6 +485,8 @@ impl Session {
             return Err(format!("{unknown} was not offered"));
         }
         let options = RingOptions {
+            packed: features.contains(VirtioFeatures::RING_PACKED),
+            in_order: features.contains(VirtioFeatures::IN_ORDER),
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
         };
@@ -543,7 +545,7 @@ impl Session {
                 let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
                 // The last one: nothing is sent after the answer.
                 self.suspend_channel();
-                let state = VringState { index: u32::from(queue), num: u32::from(base) };
+                let state = VringState { index: u32::from(queue), num: base };
                 self.reply(FrontendRequest::GetVringBase, state).map(drop)
             }
             Then::Acknowledge { request, need_reply } => {

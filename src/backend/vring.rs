@@ -13,7 +13,7 @@ use super::event_loop::Wakeup;
 use super::notification::{Call, Kick, Kicked};
 use crate::error::RingError;
 use crate::memory::Snapshot;
-use crate::virtqueue::{Chain, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
+use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used};
 
 /// Counters of one queue, since the device was made.
 #[derive(Debug, Default)]
@@ -61,17 +61,32 @@ pub enum VringStatus {
 
 #[derive(Debug)]
 enum State {
-    /// Not touching the ring. The next start begins at `base`.
+    /// Not touching the ring. The next start begins at `base`, the word of SET_VRING_BASE.
     Stopped {
-        base: u16,
+        base: u32,
     },
     Running {
-        ring: Box<SplitRing>,
+        ring: AnyRing,
         run: Arc<Run>,
     },
     Broken {
-        base: u16,
+        base: u32,
     },
+}
+
+/// A ring in one of the formats.
+#[derive(Debug)]
+enum AnyRing {
+    Split(Box<SplitRing>),
+}
+
+/// Work on a ring in either format: the one place where they part, once per batch.
+macro_rules! on_ring {
+    ($ring:expr, $name:ident => $work:expr) => {
+        match $ring {
+            AnyRing::Split($name) => $work,
+        }
+    };
 }
 
 #[derive(Debug)]
@@ -122,7 +137,7 @@ impl Vring {
             max_size,
             size: None,
             addresses: None,
-            options: RingOptions { event_idx: false, indirect: false },
+            options: RingOptions::default(),
             limits,
             kick: None,
             call: None,
@@ -168,7 +183,7 @@ impl Vring {
             return Taken::NotRunning;
         }
         let State::Running { ring, run } = &mut inner.state else { return Taken::NotRunning };
-        match take_from(ring, max, chains, spare) {
+        match on_ring!(ring, ring => take_from(&mut **ring, max, chains, spare)) {
             Ok(0) => Taken::Nothing,
             Ok(count) => {
                 let readable: u64 = chains[chains.len() - count..].iter().map(Chain::readable).sum();
@@ -191,7 +206,7 @@ impl Vring {
             return false;
         }
         let State::Running { ring, .. } = &mut inner.state else { return false };
-        let done = ring.unpop(chain.head());
+        let done = on_ring!(ring, ring => ring.unpop(chain.head()));
         if done {
             self.statistics.requests.fetch_sub(1, Ordering::Relaxed);
             self.statistics.bytes_read.fetch_sub(chain.readable(), Ordering::Relaxed);
@@ -258,7 +273,7 @@ impl Vring {
             return 0;
         }
         match &mut inner.state {
-            State::Running { ring, .. } => ring.available().map_or(0, usize::from),
+            State::Running { ring, .. } => on_ring!(ring, ring => ring.available()).map_or(0, usize::from),
             _ => 0,
         }
     }
@@ -321,8 +336,9 @@ impl Vring {
     pub(super) fn set_base(&self, base: u32) -> Result<(), String> {
         let mut inner = self.lock();
         inner.refuse_if_active()?;
-        let base = u16::try_from(base)
-            .map_err(|_| format!("queue {} asked for base {base:#x}; a split ring has 16 bits", self.index))?;
+        if !inner.options.packed && base > u32::from(u16::MAX) {
+            return Err(format!("queue {} asked for base {base:#x}; a split ring has 16 bits", self.index));
+        }
         self.stop_here(&mut inner);
         inner.state = State::Stopped { base };
         Ok(())
@@ -330,8 +346,8 @@ impl Vring {
 
     /// SET_VRING_ADDR. A running ring goes on where it is, at its new addresses.
     pub(super) fn set_addresses(&self, addresses: RingAddresses) -> Result<(), String> {
-        addresses.check_alignment()?;
         let mut inner = self.lock();
+        addresses.check_alignment(inner.options.packed)?;
         if !inner.is_active() {
             self.stop_here(&mut inner);
         } else if let State::Running { ring, .. } = &mut inner.state {
@@ -434,11 +450,11 @@ impl Vring {
                     return Ok(());
                 }
                 let base = *base;
-                match SplitRing::new(addresses, size, base, *options, Arc::clone(snapshot)) {
+                match AnyRing::start(addresses, size, base, *options, *limits, snapshot) {
                     Ok(ring) => {
                         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
                         let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
-                        *state = State::Running { ring: Box::new(ring.with_limits(*limits)), run };
+                        *state = State::Running { ring, run };
                         Ok(())
                     }
                     Err(error) => {
@@ -491,7 +507,7 @@ impl Vring {
     }
 
     /// GET_VRING_BASE, after the drain: publish what had to wait, and stop. The descriptors go to `retire` first.
-    pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u16 {
+    pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u32 {
         let mut inner = self.lock();
         let Inner { state, held, call, .. } = &mut *inner;
         let mut published = None;
@@ -527,11 +543,11 @@ impl Vring {
         inner.enabled = false;
     }
 
-    fn forget_run(&self, inner: &mut Inner, retire: impl FnOnce(&Kick)) -> u16 {
+    fn forget_run(&self, inner: &mut Inner, retire: impl FnOnce(&Kick)) -> u32 {
         self.stop_here(inner);
         let base = match inner.state {
             State::Stopped { base } | State::Broken { base } => base,
-            State::Running { ref ring, .. } => ring.next_avail(),
+            State::Running { ref ring, .. } => ring.base(),
         };
         inner.state = State::Stopped { base };
         if let Some(KickSource::Descriptor(old)) = &inner.kick {
@@ -545,7 +561,7 @@ impl Vring {
     /// Stop without asking anybody. Requests in flight belong to a run that is over.
     fn stop_here(&self, inner: &mut Inner) {
         if let State::Running { ring, .. } = &inner.state {
-            inner.state = State::Stopped { base: ring.next_avail() };
+            inner.state = State::Stopped { base: ring.base() };
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
         inner.held.clear();
@@ -597,38 +613,74 @@ impl Inner {
     }
 }
 
+impl AnyRing {
+    fn start(
+        addresses: RingAddresses,
+        size: u16,
+        base: u32,
+        options: RingOptions,
+        limits: RingLimits,
+        snapshot: &Arc<Snapshot>,
+    ) -> Result<Self, RingError> {
+        let snapshot = Arc::clone(snapshot);
+        Ok(Self::Split(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?)))
+    }
+
+    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
+        on_ring!(self, ring => ring.resolve(snapshot))
+    }
+
+    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>) {
+        on_ring!(self, ring => ring.move_to(pointers, snapshot));
+    }
+
+    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
+        on_ring!(self, ring => ring.relocate(addresses))
+    }
+
+    fn base(&self) -> u32 {
+        on_ring!(self, ring => ring.base())
+    }
+
+    fn in_flight(&self) -> u16 {
+        on_ring!(self, ring => ring.in_flight())
+    }
+}
+
 /// Show `used` to the driver. Returns whom to notify, if it wants that.
-fn publish(ring: &mut SplitRing, used: &[Used], call: &Option<Arc<Call>>) -> Option<Arc<Call>> {
+fn publish(ring: &mut AnyRing, used: &[Used], call: &Option<Arc<Call>>) -> Option<Arc<Call>> {
+    if on_ring!(ring, ring => publish_on(&mut **ring, used)) { call.clone() } else { None }
+}
+
+fn publish_on(ring: &mut impl Ring, used: &[Used]) -> bool {
     for entry in used {
         ring.push_used(*entry);
     }
-    if ring.publish() { call.clone() } else { None }
+    ring.publish()
 }
 
 fn take_from(
-    ring: &mut SplitRing,
+    ring: &mut impl Ring,
     max: usize,
     chains: &mut Vec<Chain>,
     spare: &mut Vec<Chain>,
 ) -> Result<usize, RingError> {
-    let mut available = ring.available()?;
-    if available == 0 {
-        if !ring.enable_kicks()? {
-            return Ok(0);
-        }
-        available = ring.available()?;
+    if !ring.look()? && !ring.enable_kicks()? {
+        return Ok(0);
     }
     ring.disable_kicks();
-    let count = usize::from(available).min(max);
-    for taken in 0..count {
+    for taken in 0..max {
         let mut chain = spare.pop().unwrap_or_default();
         match ring.pop(&mut chain) {
             Ok(true) => chains.push(chain),
+            Ok(false) => {
+                spare.push(chain);
+                return Ok(taken);
+            }
             // What came before the broken chain is good: it is worked on first, and the error comes up again.
             Err(_) if taken > 0 => return Ok(taken),
-            Ok(false) => return Ok(taken),
             Err(error) => return Err(error),
         }
     }
-    Ok(count)
+    Ok(max)
 }

@@ -241,7 +241,7 @@ impl FrontendQueue {
         memory: &Memory,
         index: u8,
         size: u16,
-        base: u16,
+        base: u32,
         indirect: bool,
     ) -> PyResult<Self> {
         let options = QueueOptions { size, base, indirect };

@@ -22,8 +22,8 @@ const MIN_ALIGNMENT: usize = 16;
 pub struct QueueOptions {
     /// Descriptors: a power of two up to 32768.
     pub size: u16,
-    /// The available index to start at.
-    pub base: u16,
+    /// Where to start: the word of SET_VRING_BASE.
+    pub base: u32,
     /// Put requests of several parts into indirect tables, if that was negotiated.
     pub indirect: bool,
 }
@@ -93,6 +93,8 @@ impl Queue {
         }
         let features = frontend.features();
         let ring_options = RingOptions {
+            packed: features.contains(VirtioFeatures::RING_PACKED),
+            in_order: features.contains(VirtioFeatures::IN_ORDER),
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
         };
@@ -141,7 +143,7 @@ impl Queue {
         let with = VringDescriptor::new(self.index, true);
         let tell = |message, descriptors: &[_]| self.frontend.tell(&message, descriptors);
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
-        tell(FrontendMessage::SetVringBase(VringState { index, num: base.into() }), &[])?;
+        tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
         tell(FrontendMessage::SetVringAddr(VringAddress { index, flags: 0, descriptors, used, avail, log: 0 }), &[])?;
         tell(FrontendMessage::SetVringCall(with), &[self.call.as_fd()])?;
         tell(FrontendMessage::SetVringErr(with), &[self.error.as_fd()])?;

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::Used;
-use super::split::{AVAIL_NO_INTERRUPT, Descriptor, INDIRECT, NEXT, Parts, USED_NO_NOTIFY, WRITE, needs_event};
-use super::{RingAddresses, RingOptions};
+use super::ring::{Descriptor, INDIRECT, NEXT, Parts, RingAddresses, RingOptions, WRITE, needs_event};
+use super::split::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
 use crate::error::RingError;
 use crate::memory::{Snapshot, access};
 
@@ -79,13 +79,14 @@ impl SplitDriver {
     pub fn new(
         addresses: RingAddresses,
         size: u16,
-        base: u16,
+        base: u32,
         options: RingOptions,
         snapshot: Arc<Snapshot>,
     ) -> Result<Self, RingError> {
+        let base = u16::try_from(base).map_err(|_| RingError::ImpossibleBase { base, size })?;
         debug_assert!(size.is_power_of_two() && size <= super::MAX_QUEUE_SIZE);
         let ring = Self {
-            parts: Parts::resolve(addresses, size, &snapshot, options.event_idx)?,
+            parts: Parts::resolve(addresses, size, &snapshot, options)?,
             size,
             event_idx: options.event_idx,
             snapshot,
@@ -129,8 +130,8 @@ impl SplitDriver {
 
     /// Where a device has to start that is to take every chain it has not given back: the used index.
     #[must_use]
-    pub fn base(&self) -> u16 {
-        u16::from_le(self.used(INDEX).load(Ordering::Acquire))
+    pub fn base(&self) -> u32 {
+        u16::from_le(self.used(INDEX).load(Ordering::Acquire)).into()
     }
 
     /// Put a chain together. The device sees it after [`publish`](Self::publish), and gives it back by the index
@@ -153,7 +154,7 @@ impl SplitDriver {
             self.first_free = self.slots[usize::from(last)].next;
             if at + 1 < needed {
                 descriptor.flags |= NEXT;
-                descriptor.next = self.first_free;
+                descriptor.link = self.first_free;
             }
             let words = descriptor.to_words();
             // SAFETY: `last` came from the free list, so it is less than `size`, and the table was resolved over `size`
@@ -263,7 +264,7 @@ impl SplitDriver {
             let mut descriptor = element.descriptor();
             if at + 1 < elements.len() {
                 descriptor.flags |= NEXT;
-                descriptor.next = (at + 1) as u16;
+                descriptor.link = (at + 1) as u16;
             }
             self.table.extend(descriptor.to_words().into_iter().flat_map(u64::to_ne_bytes));
         }
@@ -280,7 +281,7 @@ impl SplitDriver {
             end: u128::from(address) + length as u128,
             memory: self.snapshot.describe(),
         })?;
-        Ok(Descriptor { address, length: length as u32, flags: INDIRECT, next: 0 })
+        Ok(Descriptor { address, length: length as u32, flags: INDIRECT, link: 0 })
     }
 
     /// Word `at` of the available ring, which has its flags, its index, its entries and `used_event`.
@@ -312,13 +313,13 @@ impl SplitDriver {
 impl Element {
     fn descriptor(&self) -> Descriptor {
         let flags = if self.writable { WRITE } else { 0 };
-        Descriptor { address: self.address, length: self.length, flags, next: 0 }
+        Descriptor { address: self.address, length: self.length, flags, link: 0 }
     }
 }
 
 impl Descriptor {
     fn to_words(self) -> [u64; 2] {
-        let rest = u64::from(self.length) | u64::from(self.flags) << 32 | u64::from(self.next) << 48;
+        let rest = u64::from(self.length) | u64::from(self.flags) << 32 | u64::from(self.link) << 48;
         [self.address.to_le(), rest.to_le()]
     }
 }

@@ -5,11 +5,14 @@
 
 mod chain;
 mod driver;
+mod ring;
 mod split;
+mod walk;
 
 pub use chain::{Chain, Used};
 pub use driver::{Element, Indirect, SplitDriver};
-pub use split::{RingAddresses, RingLimits, RingOptions, SplitRing};
+pub use ring::{Ring, RingAddresses, RingLimits, RingOptions, RingPointers};
+pub use split::SplitRing;
 
 /// The largest ring that a front-end may ask for. Virtio 1.3, section 2.7.
 pub const MAX_QUEUE_SIZE: u16 = 32768;

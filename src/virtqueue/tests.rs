@@ -33,7 +33,7 @@ const INDIRECT: u16 = 4;
 
 const ADDRESSES: RingAddresses =
     RingAddresses { descriptors: USER + DESCRIPTORS, avail: USER + AVAIL, used: USER + USED };
-const FLAGS_ONLY: RingOptions = RingOptions { event_idx: false, indirect: true };
+const FLAGS_ONLY: RingOptions = RingOptions { packed: false, event_idx: false, indirect: true, in_order: false };
 const EVENT_IDX: RingOptions = RingOptions { event_idx: true, ..FLAGS_ONLY };
 
 fn readable(address: u64, length: u32) -> Element {
@@ -62,7 +62,7 @@ fn map(files: &[OwnedFd]) -> Arc<Snapshot> {
 }
 
 impl Rig {
-    fn new(size: u16, base: u16, options: RingOptions) -> Self {
+    fn new(size: u16, base: u32, options: RingOptions) -> Self {
         let files: Vec<_> = REGIONS
             .iter()
             .map(|(start, end)| {
@@ -73,7 +73,7 @@ impl Rig {
             .collect();
         let memory = map(&files);
         let driver = SplitDriver::new(ADDRESSES, size, base, options, memory.clone()).unwrap();
-        let device = SplitRing::new(ADDRESSES, size, base, options, map(&files)).unwrap();
+        let device = SplitRing::new(ADDRESSES, size, base, options, RingLimits::default(), map(&files)).unwrap();
         Self { files, driver, device, memory }
     }
 
@@ -110,7 +110,7 @@ impl Rig {
         self.poke(AVAIL + 2, &[1, 0, 0, 0]);
         assert_eq!(self.device.available(), Ok(1));
         let error = self.device.pop(&mut Chain::default()).unwrap_err();
-        assert_eq!((self.device.next_avail(), self.device.in_flight()), (0, 0), "a refused chain was taken");
+        assert_eq!((self.device.base(), self.device.in_flight()), (0, 0), "a refused chain was taken");
         assert_eq!(self.peek(USED, 64), vec![0; 64], "a refused chain was answered");
         error
     }
@@ -232,7 +232,7 @@ fn a_batch_is_seen_at_once_and_given_back_in_any_order() {
 #[test]
 fn every_size_is_filled_and_emptied_around_the_end_of_the_index() {
     for size in (0..=15).map(|shift| 1u16 << shift) {
-        let mut rig = Rig::new(size, 0u16.wrapping_sub(size / 2 + 1), EVENT_IDX);
+        let mut rig = Rig::new(size, 0u16.wrapping_sub(size / 2 + 1).into(), EVENT_IDX);
         for _ in 0..2 {
             for _ in 0..size {
                 rig.driver.add(&[writable(DATA, 1)], None).unwrap();
@@ -265,7 +265,7 @@ fn the_indices_run_past_65536() {
         for _ in 0..70_000 {
             rig.round();
         }
-        assert_eq!(rig.device.next_avail(), 70_000u32 as u16);
+        assert_eq!(rig.device.base(), 70_000 & 0xffff);
     }
 }
 
@@ -276,9 +276,9 @@ fn a_ring_restarts_where_it_was_with_what_is_waiting() {
         rig.round();
     }
     let head = rig.submit(&[writable(DATA, 3)], None);
-    let base = rig.device.next_avail();
+    let base = rig.device.base();
     assert_eq!((base, rig.driver.base()), (2, 2));
-    rig.device = SplitRing::new(ADDRESSES, 4, base, EVENT_IDX, map(&rig.files)).unwrap();
+    rig.device = SplitRing::new(ADDRESSES, 4, base, EVENT_IDX, RingLimits::default(), map(&rig.files)).unwrap();
     assert_eq!(rig.device.available(), Ok(1));
     assert_eq!(rig.take().head(), head);
     assert!(rig.complete(head, 3), "the first completion after a start always notifies");
@@ -354,7 +354,7 @@ fn a_chain_that_is_given_back_unused_is_taken_again() {
     assert!(!rig.device.unpop(first), "not the last one");
     assert!(rig.device.unpop(second));
     assert!(!rig.device.unpop(second), "put back already");
-    assert_eq!((rig.device.next_avail(), rig.device.in_flight()), (0, 1));
+    assert_eq!((rig.device.base(), rig.device.in_flight()), (0, 1));
     assert_eq!(rig.take().head(), second);
 }
 
@@ -396,7 +396,7 @@ fn the_extent_of_a_ring_is_inside_memory_to_the_last_byte() {
         let mut addresses = ADDRESSES;
         *part(&mut addresses) = USER + END - extent;
         let options = RingOptions { event_idx, ..FLAGS_ONLY };
-        SplitRing::new(addresses, 8, 0, options, rig.memory.clone()).map(drop)
+        SplitRing::new(addresses, 8, 0, options, RingLimits::default(), rig.memory.clone()).map(drop)
     };
     let descriptors: fn(&mut RingAddresses) -> &mut u64 = |addresses| &mut addresses.descriptors;
     let avail: fn(&mut RingAddresses) -> &mut u64 = |addresses| &mut addresses.avail;
@@ -409,9 +409,12 @@ fn the_extent_of_a_ring_is_inside_memory_to_the_last_byte() {
         assert!(matches!(start(part, extent - alignment, event_idx), Err(RingError::MemoryGone(_))));
     }
     let unaligned = RingAddresses { avail: ADDRESSES.avail + 1, ..ADDRESSES };
-    assert!(unaligned.check_alignment().unwrap_err().contains("available ring"));
+    assert!(unaligned.check_alignment(false).unwrap_err().contains("available ring"));
     let across = RingAddresses { descriptors: USER + SEAM - 16, ..ADDRESSES };
-    assert!(SplitRing::new(across, 8, 0, FLAGS_ONLY, rig.memory.clone()).is_err(), "adjacent in the guest, not here");
+    assert!(
+        SplitRing::new(across, 8, 0, FLAGS_ONLY, RingLimits::default(), rig.memory.clone()).is_err(),
+        "adjacent in the guest, not here"
+    );
 }
 
 #[test]
@@ -438,7 +441,7 @@ fn a_ring_is_laid_out_as_the_kernel_lays_it_out() {
     let avail = u64::try_from(offsets[4]).unwrap();
     let addresses = RingAddresses { descriptors: USER + DATA, avail: USER + DATA + avail, used: USER + DATA + start };
     rig.driver = SplitDriver::new(addresses, 8, 0, EVENT_IDX, rig.memory.clone()).unwrap();
-    rig.device = SplitRing::new(addresses, 8, 0, EVENT_IDX, map(&rig.files)).unwrap();
+    rig.device = SplitRing::new(addresses, 8, 0, EVENT_IDX, RingLimits::default(), map(&rig.files)).unwrap();
     // Descriptor 0, then 1 and 2, of which the device gives back the second chain second.
     rig.submit(&[readable(0x40_1111, 0x22)], None);
     rig.submit(&[writable(0x40_3333, 0x44), writable(0x40_3333, 0x55)], None);
@@ -780,7 +783,7 @@ proptest! {
         base in any::<u16>(),
         event_idx in any::<bool>(),
     ) {
-        let mut rig = Rig::new(size, base, RingOptions { event_idx, ..FLAGS_ONLY });
+        let mut rig = Rig::new(size, base.into(), RingOptions { event_idx, ..FLAGS_ONLY });
         let (mut submitted, mut taken, mut completed) = (Vec::new(), Vec::new(), Vec::new());
         let (mut device_sleeps, mut driver_sleeps) = (false, false);
         for (number, step) in (0u64..).zip(steps) {
@@ -861,7 +864,7 @@ proptest! {
     /// Somebody else's reading of the same bytes.
     #[test]
     fn rust_vmm_sees_the_same_chains(shapes in prop::collection::vec(shape(), 1..16), base in any::<u16>()) {
-        let mut rig = Rig::new(128, base, FLAGS_ONLY);
+        let mut rig = Rig::new(128, base.into(), FLAGS_ONLY);
         let guest: GuestMemoryMmap = GuestMemoryMmap::from_ranges_with_files(REGIONS.iter().zip(&rig.files).map(
             |((start, end), file)| {
                 let file = File::from(file.try_clone().unwrap());

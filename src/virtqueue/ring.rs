@@ -1,0 +1,197 @@
+//! What the two ring formats have in common: where they are, what was agreed on, and what can be done with them.
+//!
+//! Virtio 1.3, section 2.6.
+
+use std::fmt::Debug;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::chain::{Chain, Used};
+use crate::error::RingError;
+use crate::memory::Snapshot;
+
+/// The device's end of a running ring, in either format.
+///
+/// Code that works on a ring is generic over it, and the format is looked at once per batch. Every method that touches
+/// the ring takes `&mut self`: it is used by one thread at a time.
+pub trait Ring: Debug + Send + Sized {
+    /// Start where `base` says: the word of SET_VRING_BASE and GET_VRING_BASE.
+    fn new(
+        addresses: RingAddresses,
+        size: u16,
+        base: u32,
+        options: RingOptions,
+        limits: RingLimits,
+        snapshot: Arc<Snapshot>,
+    ) -> Result<Self, RingError>;
+
+    /// The same ring over other memory, or an error that leaves it as it was.
+    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError>;
+
+    /// Go on over `snapshot`, from which `pointers` were resolved.
+    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>);
+
+    /// Go on at other addresses in the same memory, or stay where it is with an error.
+    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError>;
+
+    fn snapshot(&self) -> &Arc<Snapshot>;
+
+    /// Descriptors.
+    fn size(&self) -> u16;
+
+    /// Where the ring would go on if it stopped now, as in GET_VRING_BASE.
+    fn base(&self) -> u32;
+
+    /// Chains taken and not given back yet.
+    fn in_flight(&self) -> u16;
+
+    /// Look how far the driver has come. Returns whether there is something to take.
+    fn look(&mut self) -> Result<bool, RingError>;
+
+    /// How many chains the driver has made available that were not taken yet.
+    fn available(&mut self) -> Result<u16, RingError>;
+
+    /// Take the next chain that the last [`look`](Self::look) may have seen. False if there is none left.
+    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError>;
+
+    /// Give the chain that was taken last back to the driver's side, as if it had not been taken. False, and nothing
+    /// happens, if `head` is not the one that was taken last.
+    fn unpop(&mut self, head: u16) -> bool;
+
+    /// Fill the next used entry. The driver sees it after [`publish`](Self::publish).
+    fn push_used(&mut self, used: Used);
+
+    /// Show the driver every used entry that was filled. Returns whether it wants to be notified.
+    #[must_use]
+    fn publish(&mut self) -> bool;
+
+    /// Ask the driver not to kick: the ring is being looked at anyway.
+    fn disable_kicks(&mut self);
+
+    /// Ask the driver to kick for the next chain. Returns whether one came before it could know.
+    fn enable_kicks(&mut self) -> Result<bool, RingError>;
+}
+
+/// Where the front-end put the three parts of a ring, in its user addresses. Of a packed ring, `avail` is the driver's
+/// event suppression structure and `used` the device's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingAddresses {
+    pub descriptors: u64,
+    pub avail: u64,
+    pub used: u64,
+}
+
+impl RingAddresses {
+    /// Refuse what no ring of the format may have, whatever the memory: parts that are not aligned. Virtio 1.3, sections
+    /// 2.7 and 2.8.10.1.
+    pub fn check_alignment(&self, packed: bool) -> Result<(), String> {
+        let addresses = [self.descriptors, self.avail, self.used];
+        for ((name, alignment), address) in part_names(packed).into_iter().zip(addresses) {
+            if address % alignment != 0 {
+                return Err(format!("the {name} is at {address:#x}; it must be aligned to {alignment} bytes"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What driver and device agreed on for a ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingOptions {
+    /// Which of the two formats it has.
+    pub packed: bool,
+    pub event_idx: bool,
+    /// Whether chains may be in indirect tables.
+    pub indirect: bool,
+    /// Whether chains are given back in the order in which they were made available.
+    pub in_order: bool,
+}
+
+/// What the device puts up with, whatever the driver may do.
+#[derive(Clone, Copy, Debug)]
+pub struct RingLimits {
+    /// The longest indirect table, in descriptors.
+    pub max_indirect: u32,
+    /// Bytes in a chain, readable and writable together.
+    pub max_bytes: u32,
+}
+
+impl Default for RingLimits {
+    /// QEMU's limit on tables, and what a used entry can say.
+    fn default() -> Self {
+        Self { max_indirect: 1024, max_bytes: u32::MAX }
+    }
+}
+
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
+
+pub(super) const DESCRIPTOR_SIZE: u64 = 16;
+
+/// What the formats have of a descriptor, in different places.
+#[derive(Clone, Copy)]
+pub(super) struct Descriptor {
+    pub(super) address: u64,
+    pub(super) length: u32,
+    pub(super) flags: u16,
+    /// The next descriptor in a split ring, the buffer id in a packed one.
+    pub(super) link: u16,
+}
+
+/// Host pointers to the parts of one ring, each valid over its whole extent while the snapshot lives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parts {
+    pub(super) descriptors: NonNull<u64>,
+    pub(super) avail: NonNull<u16>,
+    pub(super) used: NonNull<u16>,
+}
+
+impl Parts {
+    pub(super) fn resolve(
+        addresses: RingAddresses,
+        size: u16,
+        snapshot: &Snapshot,
+        options: RingOptions,
+    ) -> Result<Self, RingError> {
+        let event = if options.event_idx { 2 } else { 0 };
+        let entries = u64::from(size);
+        let (avail, used) = if options.packed { (4, 4) } else { (4 + 2 * entries + event, 4 + 8 * entries + event) };
+        let part = |(name, alignment): (&str, u64), address: u64, length: u64| {
+            // The guest's address was checked, but a region may begin anywhere in its file.
+            let aligned = |pointer: &NonNull<u8>| (pointer.addr().get() as u64).is_multiple_of(alignment);
+            snapshot.user_pointer(address, length).filter(aligned).ok_or_else(|| {
+                RingError::MemoryGone(format!(
+                    "the {name} at user addresses {address:#x}..{:#x} is not aligned, or not inside one region of guest \
+                     memory ({})",
+                    u128::from(address) + u128::from(length),
+                    snapshot.describe_user()
+                ))
+            })
+        };
+        let names = part_names(options.packed);
+        Ok(Self {
+            descriptors: part(names[0], addresses.descriptors, DESCRIPTOR_SIZE * entries)?.cast(),
+            avail: part(names[1], addresses.avail, avail)?.cast(),
+            used: part(names[2], addresses.used, used)?.cast(),
+        })
+    }
+}
+
+/// Where a ring would be in another snapshot. Only [`Ring::move_to`] can use it.
+#[derive(Debug)]
+pub struct RingPointers(pub(super) Parts);
+
+/// What the parts are called, and how they are aligned.
+fn part_names(packed: bool) -> [(&'static str, u64); 3] {
+    if packed {
+        [("descriptor ring", 16), ("driver event suppression structure", 4), ("device event suppression structure", 4)]
+    } else {
+        [("descriptor table", 16), ("available ring", 2), ("used ring", 4)]
+    }
+}
+
+/// Whether going from `old` to `new` passes `event`. Virtio 1.3, section 2.7.7.2.
+pub(super) fn needs_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
