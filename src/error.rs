@@ -67,6 +67,13 @@ pub enum RingError {
     #[error("descriptor {descriptor} spans {start:#x}..{end:#x}, outside guest memory ({memory})")]
     OutsideMemory { descriptor: u16, start: u64, end: u128, memory: String },
 
+    /// Not an error of the ring yet: the front-end has to be asked.
+    #[error("I/O address {iova:#x} is not mapped (for {})", doing(*writable))]
+    NotMapped { iova: u64, writable: bool },
+
+    #[error("descriptor {descriptor} is for {}, which I/O address {iova:#x} is not mapped for", doing(*writable))]
+    NotPermitted { descriptor: u16, iova: u64, writable: bool },
+
     #[error("descriptor {descriptor} is readable but follows a writable one")]
     ReadableAfterWritable { descriptor: u16 },
 
@@ -112,4 +119,9 @@ pub enum RingError {
 
     #[error("the back-end reports that the ring is broken")]
     ReportedBroken,
+}
+
+/// What the device does with a buffer.
+fn doing(writable: bool) -> &'static str {
+    if writable { "writing" } else { "reading" }
 }

@@ -3,16 +3,23 @@
 //! A [`Region`] is unmapped only when its last holder lets go. A [`Snapshot`] is an immutable set of regions: a change
 //! of memory makes a new one, and whoever works on the old one keeps it alive. Guest memory is never a Rust reference,
 //! because the guest writes to it at any time: only raw pointers, the copies in [`access`], and atomics.
+//!
+//! There are three kinds of addresses. Guest addresses are what regions have, and what drivers use; with an IOMMU they
+//! use I/O addresses instead, which the [`Iotlb`] leads to user addresses. User addresses are the front-end's own, by
+//! which it says where rings are, unless there is an IOMMU. With GPA_ADDRESSES they are the same as guest addresses:
+//! each region says so, and nothing here has to know.
 
 pub mod access;
 mod fault;
+mod iotlb;
 mod region;
 mod snapshot;
 pub mod transfer;
 
 pub use fault::faults_seen;
+pub use iotlb::{Access, Iotlb, IovaRange, Permission, Unmapped};
 pub use region::Region;
-pub use snapshot::{OutsideMemory, Segment, Snapshot, for_range};
+pub use snapshot::{OutsideMemory, Segment, Snapshot, Untranslated, for_range};
 
 #[cfg(test)]
 mod tests;

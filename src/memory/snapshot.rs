@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::iotlb::{Access, Iotlb, IovaRange, Permission, Unmapped};
 use super::region::Region;
 use crate::error::Error;
 use crate::protocol;
@@ -42,12 +43,35 @@ pub fn for_range(segments: &[Segment], mut offset: u64, mut length: usize, mut p
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutsideMemory;
 
-/// The guest's memory at one moment.
+/// Why an address of a driver leads nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untranslated {
+    Outside,
+    /// It is in guest memory, but not in one piece.
+    Scattered,
+    Iommu(Unmapped),
+}
+
+impl From<OutsideMemory> for Untranslated {
+    fn from(_: OutsideMemory) -> Self {
+        Self::Outside
+    }
+}
+
+impl From<Unmapped> for Untranslated {
+    fn from(unmapped: Unmapped) -> Self {
+        Self::Iommu(unmapped)
+    }
+}
+
+/// The guest's memory at one moment, as a device sees it.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// By guest address, without overlaps.
     regions: Box<[Arc<Region>]>,
     directory: Directory,
+    /// With ACCESS_PLATFORM the driver's addresses are I/O addresses, and these are where they lead.
+    iotlb: Option<Arc<Iotlb>>,
 }
 
 impl Snapshot {
@@ -61,7 +85,7 @@ impl Snapshot {
     pub fn with(&self, region: protocol::Region, file: &OwnedFd) -> Result<Self, Error> {
         let mut regions = self.regions.to_vec();
         regions.push(Arc::new(Region::map(region, file)?));
-        Self::from_regions(regions)
+        Ok(Self::from_regions(regions)?.behind(self.iotlb.clone()))
     }
 
     /// This snapshot without one region, which is named by its addresses and its size.
@@ -83,7 +107,7 @@ impl Snapshot {
         })?;
         let mut regions = self.regions.to_vec();
         regions.remove(at);
-        Self::from_regions(regions)
+        Ok(Self::from_regions(regions)?.behind(self.iotlb.clone()))
     }
 
     fn from_regions(mut regions: Vec<Arc<Region>>) -> Result<Self, Error> {
@@ -102,7 +126,25 @@ impl Snapshot {
             }
         }
         let directory = Directory::new(&regions);
-        Ok(Self { regions: regions.into_boxed_slice(), directory })
+        Ok(Self { regions: regions.into_boxed_slice(), directory, iotlb: None })
+    }
+
+    /// The same memory, behind an IOMMU or in front of it. What the IOTLB says of memory that is not there is forgotten.
+    #[must_use]
+    pub fn behind(&self, iotlb: Option<Arc<Iotlb>>) -> Self {
+        let regions = self.regions.clone();
+        let snapshot = Self { directory: Directory::new(&regions), regions, iotlb };
+        if let Some(iotlb) = &snapshot.iotlb {
+            iotlb.retain(|user_address, length| snapshot.user_pointer(user_address, length).is_some());
+        }
+        snapshot
+    }
+
+    /// Where I/O addresses lead, if the driver's addresses are such.
+    #[inline]
+    #[must_use]
+    pub fn iotlb(&self) -> Option<&Arc<Iotlb>> {
+        self.iotlb.as_ref()
     }
 
     /// How many regions there are.
@@ -181,9 +223,95 @@ impl Snapshot {
         Err(OutsideMemory)
     }
 
+    /// Call `segment` for each contiguous piece of `address..address + length`, in order, where `address` is one that the
+    /// driver gave to the device: [`pieces`](Self::pieces), unless there is an IOMMU.
+    #[inline]
+    pub fn resolve(
+        &self,
+        address: u64,
+        length: u64,
+        access: Access,
+        mut segment: impl FnMut(Segment),
+    ) -> Result<(), Untranslated> {
+        match &self.iotlb {
+            None => Ok(self.pieces(address, length, segment)?),
+            Some(iotlb) => self.resolve_mapped(iotlb, address, length, access, &mut segment),
+        }
+    }
+
+    #[inline(never)]
+    fn resolve_mapped(
+        &self,
+        iotlb: &Iotlb,
+        iova: u64,
+        length: u64,
+        access: Access,
+        segment: &mut dyn FnMut(Segment),
+    ) -> Result<(), Untranslated> {
+        // Pages that follow each other in a region, too, are one segment.
+        let mut last: Option<(u64, &Region, Segment)> = None;
+        iotlb.look_up(iova, length, access, |user_address, length| {
+            let (region, pointer) = self.find_user(user_address, length).ok_or(Untranslated::Outside)?;
+            match &mut last {
+                Some((end, same, segment)) if *end == user_address && std::ptr::eq(*same, region) => {
+                    segment.length += length as usize;
+                    *end += length;
+                }
+                _ => {
+                    let next = (user_address + length, region, Segment { pointer, length: length as usize });
+                    if let Some((_, _, done)) = last.replace(next) {
+                        segment(done);
+                    }
+                }
+            }
+            Ok::<_, Untranslated>(())
+        })?;
+        if let Some((_, _, done)) = last {
+            segment(done);
+        }
+        Ok(())
+    }
+
+    /// The pointer for `length` bytes of a ring, which are in one piece, by the kind of address that SET_VRING_ADDR has:
+    /// user addresses, unless there is an IOMMU.
+    pub fn ring_pointer(&self, address: u64, length: u64, access: Access) -> Result<NonNull<u8>, Untranslated> {
+        let Some(iotlb) = &self.iotlb else {
+            return self.user_pointer(address, length).ok_or(Untranslated::Outside);
+        };
+        let mut found = None;
+        let mut is_whole = true;
+        self.resolve_mapped(iotlb, address, length, access, &mut |segment| {
+            is_whole = found.is_none();
+            found.get_or_insert(segment.pointer);
+        })?;
+        found.filter(|_| is_whole).ok_or(Untranslated::Scattered)
+    }
+
+    /// Take over a message that maps I/O addresses. The error says what is wrong with it.
+    pub fn map(&self, message: &protocol::Iotlb) -> Result<(), String> {
+        let protocol::Iotlb { iova, size, user_address, permission, .. } = *message;
+        let iotlb = self.iotlb.as_ref().ok_or("there is no IOMMU")?;
+        let range = IovaRange::new(iova, size)
+            .ok_or_else(|| format!("{size:#x} addresses from {iova:#x} on are none, or wrap around"))?;
+        let permission = Permission::from_bits(permission)
+            .ok_or_else(|| format!("the permission {permission} is not 1 (read), 2 (write) or 3 (both)"))?;
+        if self.user_pointer(user_address, size).is_none() {
+            return Err(format!(
+                "{size:#x} bytes at user address {user_address:#x} are not inside one region of guest memory ({})",
+                self.describe_user()
+            ));
+        }
+        iotlb.update(range, user_address, permission);
+        Ok(())
+    }
+
     /// The pointer for `length` bytes at a user address of the front-end, if one region holds them all.
     #[must_use]
     pub fn user_pointer(&self, user_address: u64, length: u64) -> Option<NonNull<u8>> {
+        self.find_user(user_address, length).map(|(_, pointer)| pointer)
+    }
+
+    fn find_user(&self, user_address: u64, length: u64) -> Option<(&Region, NonNull<u8>)> {
         self.regions.iter().find_map(|region| {
             let description = region.description();
             let offset = user_address.checked_sub(description.user_address)?;
@@ -191,7 +319,7 @@ impl Snapshot {
                 return None;
             }
             // SAFETY: `offset < size` was checked just above.
-            Some(unsafe { region.pointer(offset) })
+            Some((&**region, unsafe { region.pointer(offset) }))
         })
     }
 

@@ -1,4 +1,5 @@
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -156,4 +157,71 @@ fn every_address_is_found_whether_or_not_regions_begin_at_multiples_of_anything(
             assert_eq!(host, snapshot.user_pointer(user, 1), "another byte than the region's last");
         }
     }
+}
+
+// --- Behind an IOMMU --------------------------------------------------------------------------------------------------
+
+/// A region of two pages, and another one right after it, behind an IOMMU that knows nothing yet.
+fn behind_an_iommu() -> Snapshot {
+    let (low, high) = (region(0x1000, 0x2000, 0), region(0x3000, 0x1000, 0));
+    let snapshot = Snapshot::from_table(&[low, high], &[file(0x2000), file(0x1000)]).unwrap();
+    snapshot.behind(Some(Arc::new(Iotlb::default())))
+}
+
+fn message(iova: u64, size: u64, user_address: u64, permission: u8) -> protocol::Iotlb {
+    protocol::Iotlb { iova, size, user_address, permission, kind: 2, padding: [0; 6] }
+}
+
+fn resolved(snapshot: &Snapshot, iova: u64, length: u64, access: Access) -> Result<Vec<usize>, Untranslated> {
+    let mut lengths = Vec::new();
+    snapshot.resolve(iova, length, access, |segment| lengths.push(segment.length))?;
+    Ok(lengths)
+}
+
+#[test]
+fn an_io_address_leads_to_the_memory_that_it_is_mapped_to() {
+    let snapshot = behind_an_iommu();
+    snapshot.map(&message(0xa000, 0x1000, 0x7000_0000_2000, 3)).unwrap();
+    let mut pointer = None;
+    snapshot.resolve(0xa010, 1, Access::Write, |segment| pointer = Some(segment.pointer)).unwrap();
+    assert_eq!(pointer, snapshot.user_pointer(0x7000_0000_2010, 1));
+    assert_eq!(snapshot.ring_pointer(0xa010, 0xff0, Access::Read), Ok(pointer.unwrap()));
+    // Without the IOMMU it is a guest address, where nothing is.
+    assert_eq!(resolved(&snapshot.behind(None), 0xa010, 1, Access::Write), Err(Untranslated::Outside));
+}
+
+#[test]
+fn pages_that_follow_each_other_in_a_region_are_one_segment() {
+    let snapshot = behind_an_iommu();
+    for (iova, user) in [(0xa000, 0x1000), (0xb000, 0x2000), (0xc000, 0x3000), (0xd000, 0x1000)] {
+        snapshot.map(&message(iova, 0x1000, 0x7000_0000_0000 + user, 3)).unwrap();
+    }
+    assert_eq!(resolved(&snapshot, 0xa000, 0x4000, Access::Read), Ok(vec![0x2000, 0x1000, 0x1000]));
+    assert!(snapshot.ring_pointer(0xa000, 0x2000, Access::Read).is_ok());
+    assert_eq!(snapshot.ring_pointer(0xa000, 0x2001, Access::Read), Err(Untranslated::Scattered));
+}
+
+#[test]
+fn a_mapping_that_cannot_be_is_refused_with_what_is_wrong() {
+    let snapshot = behind_an_iommu();
+    let refusal = |iova, size, user, permission| snapshot.map(&message(iova, size, user, permission)).unwrap_err();
+    assert!(refusal(0xa000, 0, 0x7000_0000_1000, 3).contains("are none, or wrap around"));
+    assert!(refusal(u64::MAX, 2, 0x7000_0000_1000, 3).contains("are none, or wrap around"));
+    assert!(refusal(0xa000, 0x1000, 0x7000_0000_1000, 0).contains("permission 0"));
+    assert!(refusal(0xa000, 0x1000, 0x7000_0000_1000, 4).contains("permission 4"));
+    assert!(refusal(0xa000, 0x2001, 0x7000_0000_1000, 3).contains("not inside one region"));
+    assert!(refusal(0xa000, 0x1000, u64::MAX, 3).contains("not inside one region"));
+    assert!(snapshot.iotlb().unwrap().is_empty());
+    assert!(snapshot.behind(None).map(&message(0xa000, 0x1000, 0x7000_0000_1000, 3)).is_err());
+}
+
+#[test]
+fn what_is_mapped_to_memory_that_goes_away_is_missed() {
+    let snapshot = behind_an_iommu();
+    snapshot.map(&message(0xa000, 0x1000, 0x7000_0000_1000, 3)).unwrap();
+    snapshot.map(&message(0xb000, 0x1000, 0x7000_0000_3000, 3)).unwrap();
+    let without = snapshot.without(&region(0x3000, 0x1000, 0)).unwrap();
+    assert_eq!(resolved(&without, 0xa000, 0x10, Access::Read), Ok(vec![0x10]));
+    let missed = Unmapped::Miss { iova: 0xb000, access: Access::Read };
+    assert_eq!(resolved(&without, 0xb000, 0x10, Access::Read), Err(Untranslated::Iommu(missed)));
 }

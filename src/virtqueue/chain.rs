@@ -1,6 +1,6 @@
 //! A descriptor chain, translated: the readable pieces of guest memory, then the writable ones.
 
-use crate::memory::{Segment, access, for_range};
+use crate::memory::{Access, IovaRange, Segment, Snapshot, Untranslated, access, for_range};
 
 /// One buffer that the driver made available. It is filled by a ring and may be reused for the next one.
 ///
@@ -15,6 +15,8 @@ pub struct Chain {
     writable: u64,
     /// Whether a writable descriptor was seen, be it an empty one.
     writing: bool,
+    /// With an IOMMU, the I/O addresses that the segments come from.
+    mapped: Vec<IovaRange>,
 }
 
 /// What goes back to the driver: the chain that is done, and how many bytes were written to it.
@@ -53,6 +55,12 @@ impl Chain {
         &self.segments[self.readable_segments..]
     }
 
+    /// The I/O addresses that the segments come from. None without an IOMMU.
+    #[must_use]
+    pub fn mapped(&self) -> &[IovaRange] {
+        &self.mapped
+    }
+
     /// Copy from the readable part, starting at byte `offset` of it. Returns how many bytes there were.
     ///
     /// # Safety
@@ -88,6 +96,7 @@ impl Chain {
         self.readable = 0;
         self.writable = 0;
         self.writing = false;
+        self.mapped.clear();
     }
 
     /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
@@ -96,8 +105,31 @@ impl Chain {
         writable == self.writing
     }
 
+    /// Append the buffer of a descriptor: `length` bytes at the driver's `address`.
     #[inline]
-    pub(super) fn push_segment(&mut self, segment: Segment, writable: bool) {
+    pub(super) fn push_buffer(
+        &mut self,
+        snapshot: &Snapshot,
+        address: u64,
+        length: u32,
+        writable: bool,
+    ) -> Result<(), Untranslated> {
+        if snapshot.iotlb().is_none() {
+            return Ok(snapshot.pieces(address, length.into(), |segment| self.push_segment(segment, writable))?);
+        }
+        self.push_mapped(snapshot, address, length, writable)
+    }
+
+    #[inline(never)]
+    fn push_mapped(&mut self, snapshot: &Snapshot, iova: u64, length: u32, writable: bool) -> Result<(), Untranslated> {
+        let access = Access::to_descriptor(writable);
+        snapshot.resolve(iova, length.into(), access, |segment| self.push_segment(segment, writable))?;
+        self.mapped.extend(IovaRange::new(iova, length.into()));
+        Ok(())
+    }
+
+    #[inline]
+    fn push_segment(&mut self, segment: Segment, writable: bool) {
         self.segments.push(segment);
         if writable {
             self.writable += segment.length as u64;

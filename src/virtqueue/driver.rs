@@ -10,15 +10,16 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use super::chain::Used;
 use super::ring::{Descriptor, INDIRECT, NEXT, Parts, RingAddresses, RingOptions, WRITE, needs_event};
 use super::split::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
+use super::walk::untranslated;
 use crate::error::RingError;
-use crate::memory::{Snapshot, access};
+use crate::memory::{Access, Snapshot, access};
 
 /// Where the flags and the index are in the available ring and in the used ring, in words of 16 bits.
 const FLAGS: usize = 0;
 const INDEX: usize = 1;
 const ENTRIES: usize = 2;
 
-/// One buffer of a chain, by its guest address.
+/// One buffer of a chain, by the address that the device gets: its guest address, or with an IOMMU its I/O address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Element {
     pub address: u64,
@@ -30,7 +31,7 @@ pub struct Element {
 /// How a chain goes on in an indirect table: with all but its first `direct` elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Indirect {
-    /// Guest address of room for the table, 16 bytes for an element.
+    /// Address of room for the table, likewise, with 16 bytes for an element.
     pub table: u64,
     pub direct: usize,
 }
@@ -275,12 +276,9 @@ impl SplitDriver {
             unsafe { access::write(segment.pointer.as_ptr(), &self.table[written..written + segment.length]) };
             written += segment.length;
         };
-        self.snapshot.translate(address, length as u64, &mut 0, write).map_err(|_| RingError::OutsideMemory {
-            descriptor: self.first_free,
-            start: address,
-            end: u128::from(address) + length as u128,
-            memory: self.snapshot.describe(),
-        })?;
+        self.snapshot
+            .resolve(address, length as u64, Access::Read, write)
+            .map_err(|reason| untranslated(reason, &self.snapshot, self.first_free, address, length as u32))?;
         Ok(Descriptor { address, length: length as u32, flags: INDIRECT, link: 0 })
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Used};
 use crate::error::RingError;
-use crate::memory::Snapshot;
+use crate::memory::{Access, IovaRange, Snapshot, Unmapped, Untranslated};
 
 /// The device's end of a running ring, in either format.
 ///
@@ -72,7 +72,7 @@ pub trait Ring: Debug + Send + Sized {
     fn enable_kicks(&mut self) -> Result<bool, RingError>;
 }
 
-/// Where the front-end put the three parts of a ring, in its user addresses. Of a packed ring, `avail` is the driver's
+/// Where the front-end put the three parts of a ring, in its user addresses, or with an IOMMU in I/O addresses. Of a packed ring, `avail` is the driver's
 /// event suppression structure and `used` the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
@@ -92,6 +92,16 @@ impl RingAddresses {
             }
         }
         Ok(())
+    }
+}
+
+impl RingAddresses {
+    /// Whether the ring has any of these I/O addresses.
+    #[must_use]
+    pub fn overlap(&self, size: u16, options: RingOptions, range: IovaRange) -> bool {
+        let addresses = [self.descriptors, self.avail, self.used];
+        let mut parts = addresses.into_iter().zip(part_lengths(size, options));
+        parts.any(|(address, length)| IovaRange::new(address, length).is_none_or(|part| part.overlaps(range)))
     }
 }
 
@@ -154,28 +164,49 @@ impl Parts {
         snapshot: &Snapshot,
         options: RingOptions,
     ) -> Result<Self, RingError> {
-        let event = if options.event_idx { 2 } else { 0 };
-        let entries = u64::from(size);
-        let (avail, used) = if options.packed { (4, 4) } else { (4 + 2 * entries + event, 4 + 8 * entries + event) };
-        let part = |(name, alignment): (&str, u64), address: u64, length: u64| {
-            // The guest's address was checked, but a region may begin anywhere in its file.
-            let aligned = |pointer: &NonNull<u8>| (pointer.addr().get() as u64).is_multiple_of(alignment);
-            snapshot.user_pointer(address, length).filter(aligned).ok_or_else(|| {
-                RingError::MemoryGone(format!(
-                    "the {name} at user addresses {address:#x}..{:#x} is not aligned, or not inside one region of guest \
-                     memory ({})",
-                    u128::from(address) + u128::from(length),
-                    snapshot.describe_user()
-                ))
-            })
-        };
+        let lengths = part_lengths(size, options);
         let names = part_names(options.packed);
+        let part = |at: usize, address, access| resolve_part(snapshot, names[at], address, lengths[at], access);
+        // A device gives back chains in the descriptors of a packed ring; it only reads those of a split one.
+        let descriptors = Access::to_descriptor(options.packed);
         Ok(Self {
-            descriptors: part(names[0], addresses.descriptors, DESCRIPTOR_SIZE * entries)?.cast(),
-            avail: part(names[1], addresses.avail, avail)?.cast(),
-            used: part(names[2], addresses.used, used)?.cast(),
+            descriptors: part(0, addresses.descriptors, descriptors)?.cast(),
+            avail: part(1, addresses.avail, Access::Read)?.cast(),
+            used: part(2, addresses.used, Access::Write)?.cast(),
         })
     }
+}
+
+/// Where a part of a ring is in this process.
+fn resolve_part(
+    snapshot: &Snapshot,
+    (name, alignment): (&str, u64),
+    address: u64,
+    length: u64,
+    access: Access,
+) -> Result<NonNull<u8>, RingError> {
+    let end = u128::from(address) + u128::from(length);
+    let reason = match snapshot.ring_pointer(address, length, access) {
+        // The guest's address was checked, but a region may begin anywhere in its file.
+        Ok(pointer) if (pointer.addr().get() as u64).is_multiple_of(alignment) => return Ok(pointer),
+        Err(Untranslated::Iommu(Unmapped::Miss { iova, access })) => {
+            return Err(RingError::NotMapped { iova, writable: access == Access::Write });
+        }
+        Err(Untranslated::Iommu(Unmapped::Denied { iova, .. })) => {
+            format!(
+                "the {name} at I/O addresses {address:#x}..{end:#x} is for {access}, which {iova:#x} is not mapped for"
+            )
+        }
+        Err(Untranslated::Scattered) => {
+            format!("the {name} at I/O addresses {address:#x}..{end:#x} is not in one piece of guest memory")
+        }
+        Ok(_) | Err(Untranslated::Outside) => format!(
+            "the {name} at user addresses {address:#x}..{end:#x} is not aligned, or not inside one region of guest \
+             memory ({})",
+            snapshot.describe_user()
+        ),
+    };
+    Err(RingError::MemoryGone(reason))
 }
 
 /// Where a ring would be in another snapshot. Only [`Ring::move_to`] can use it.
@@ -189,6 +220,14 @@ fn part_names(packed: bool) -> [(&'static str, u64); 3] {
     } else {
         [("descriptor table", 16), ("available ring", 2), ("used ring", 4)]
     }
+}
+
+/// How many bytes the parts have.
+fn part_lengths(size: u16, options: RingOptions) -> [u64; 3] {
+    let event = if options.event_idx { 2 } else { 0 };
+    let entries = u64::from(size);
+    let (avail, used) = if options.packed { (4, 4) } else { (4 + 2 * entries + event, 4 + 8 * entries + event) };
+    [DESCRIPTOR_SIZE * entries, avail, used]
 }
 
 /// Whether going from `old` to `new` passes `event`. Virtio 1.3, section 2.7.7.2.

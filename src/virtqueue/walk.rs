@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::chain::Chain;
 use super::ring::{DESCRIPTOR_SIZE, Descriptor, INDIRECT, NEXT, RingLimits, WRITE};
 use crate::error::RingError;
-use crate::memory::{Segment, Snapshot};
+use crate::memory::{Access, Segment, Snapshot, Unmapped, Untranslated};
 
 /// What a ring needs to follow a chain.
 #[derive(Debug)]
@@ -31,11 +31,9 @@ impl Walk {
         if !chain.may_go_on(writable) {
             return Err(RingError::ReadableAfterWritable { descriptor: index });
         }
-        self.snapshot
-            .pieces(descriptor.address, u64::from(descriptor.length), |segment| {
-                chain.push_segment(segment, writable);
-            })
-            .map_err(|_| self.outside(index, descriptor))?;
+        chain
+            .push_buffer(&self.snapshot, descriptor.address, descriptor.length, writable)
+            .map_err(|reason| self.untranslated(reason, index, descriptor))?;
         let bytes = chain.readable() + chain.writable();
         if bytes > u64::from(self.limits.max_bytes) {
             return Err(RingError::ChainTooLarge { head: chain.head(), bytes, limit: self.limits.max_bytes });
@@ -74,21 +72,41 @@ impl Walk {
         };
         let result = self
             .snapshot
-            .pieces(descriptor.address, u64::from(length), copy)
-            .map_err(|_| self.outside(outer, descriptor))
+            .resolve(descriptor.address, u64::from(length), Access::Read, copy)
+            .map_err(|reason| self.untranslated(reason, outer, descriptor))
             .and_then(|()| follow(self, table.as_chunks().0, chain));
         self.table = table;
         result
     }
 
     #[cold]
-    fn outside(&self, index: u16, descriptor: Descriptor) -> RingError {
-        RingError::OutsideMemory {
-            descriptor: index,
-            start: descriptor.address,
-            end: u128::from(descriptor.address) + u128::from(descriptor.length),
-            memory: self.snapshot.describe(),
+    fn untranslated(&self, reason: Untranslated, index: u16, descriptor: Descriptor) -> RingError {
+        untranslated(reason, &self.snapshot, index, descriptor.address, descriptor.length)
+    }
+}
+
+/// The error of a descriptor whose buffer, or table, is nowhere.
+#[cold]
+pub(super) fn untranslated(
+    reason: Untranslated,
+    snapshot: &Snapshot,
+    descriptor: u16,
+    start: u64,
+    length: u32,
+) -> RingError {
+    match reason {
+        Untranslated::Iommu(Unmapped::Miss { iova, access }) => {
+            RingError::NotMapped { iova, writable: access == Access::Write }
         }
+        Untranslated::Iommu(Unmapped::Denied { iova, access }) => {
+            RingError::NotPermitted { descriptor, iova, writable: access == Access::Write }
+        }
+        Untranslated::Outside | Untranslated::Scattered => RingError::OutsideMemory {
+            descriptor,
+            start,
+            end: u128::from(start) + u128::from(length),
+            memory: snapshot.describe(),
+        },
     }
 }
 
