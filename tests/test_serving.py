@@ -392,6 +392,26 @@ def test_a_second_front_end_is_served_if_the_first_one_leaves_soon(serve: Serve,
     second.reply_to(Id.GET_FEATURES)
 
 
+def test_how_long_one_front_end_waited_is_not_held_against_the_next(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Reverse()
+    path = serve(device)
+    first = connect(path)
+    first.get_u64(Id.GET_FEATURES)
+    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 0.2)
+    second = connect(path)
+    wait_until(lambda: device._runtime._waiting, "the second one waits")
+    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 1000)
+    first.close()
+    second.get_u64(Id.GET_FEATURES)
+    third = connect(path)
+    wait_until(lambda: device._runtime._waiting, "the third one waits")
+    time.sleep(0.4)
+    second.close()
+    third.get_u64(Id.GET_FEATURES)
+
+
 def test_once_serves_one_front_end_and_ends(path: Path, memory: Memory) -> None:
     server = Reverse().start(path, once=True)
     assert not server.wait(QUIET)

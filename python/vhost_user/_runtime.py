@@ -98,6 +98,7 @@ class Runtime:
         self._stopped = threading.Event()
         self._listener: socket.socket | None = None
         self._waiting: socket.socket | None = None
+        self._patience: Timer | None = None
         self._once = False
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -388,7 +389,9 @@ class Runtime:
         elif self._waiting is None and not self._once:
             # The first one may be gone without our having read it yet.
             self._waiting = connection
-            Timer(self._the_backend, PATIENCE, lambda: self._refuse_waiting("another one is connected"))
+            self._patience = Timer(
+                self._the_backend, PATIENCE, lambda: self._refuse_waiting("another one is connected")
+            )
         else:
             self._refuse(connection, "another one is connected")
 
@@ -398,9 +401,17 @@ class Runtime:
         self.device.on_connect()
 
     def _refuse_waiting(self, why: str) -> None:
-        waiting, self._waiting = self._waiting, None
+        waiting = self._take_waiting()
         if waiting is not None:
             self._refuse(waiting, why)
+
+    def _take_waiting(self) -> socket.socket | None:
+        """The front-end that waits, which nobody is impatient with any more."""
+        waiting, self._waiting = self._waiting, None
+        patience, self._patience = self._patience, None
+        if patience is not None:
+            patience.cancel()
+        return waiting
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         logger.warning("%s: a front-end was turned away: %s; a device serves one at a time", self._name, why)
@@ -424,8 +435,7 @@ class Runtime:
         if self._once:
             self._failure = error
             self.stop()
-        elif self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
+        elif waiting := self._take_waiting():
             self._connect(waiting)
 
     def features_negotiated(self, features: int) -> None:
