@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 import raw
 import vhost_user as vu
 from specimens import Connect, Serve
+
+# Whoever starts programs in the background may have them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def open_descriptors() -> dict[str, str]:

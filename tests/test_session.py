@@ -358,14 +358,20 @@ def test_get_vring_base_answers_after_requests_in_flight_are_done(
 
 
 def test_nothing_is_taken_from_a_ring_that_is_being_stopped(serve: Serve, connect: Connect, memory: Memory) -> None:
-    device = Hold()
+    class Stopping(Hold, device_id=NO_TYPE):
+        stops = 0
+
+        def on_queue_stop(self, queue: vu.DeviceQueue) -> None:
+            self.stops += 1
+
+    device = Stopping()
     front = connect(serve(device))
     ring = ready(front, memory)
     ring.add([], [8])
     front.kick(ring)
     request = device.next()
     front.send(Id.GET_VRING_BASE, vring_state(0))
-    wait_until(lambda: device.requestq.available == 0, "the ring is being stopped")
+    wait_until(lambda: device.stops == 1, "the ring is being stopped")
     ring.add([], [8])
     front.kick(ring)
     assert front.is_silent()

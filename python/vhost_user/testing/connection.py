@@ -85,8 +85,12 @@ def _unanswered(device: Device, frontend: Frontend) -> list[str]:
     _wait_until(lambda: not any(queue.available for queue in handled if queue.status == "running"))
     if any(queue.in_flight for queue in device.queues):
         # A device that keeps buffers for later gives them back when it is told to stop. It may never answer to that.
-        threading.Thread(target=_stop_queues, args=[frontend], daemon=True).start()
+        stopping = threading.Thread(target=_stop_queues, args=[frontend], daemon=True)
+        stopping.start()
         _wait_until(lambda: not any(queue.in_flight for queue in device.queues))
+        if not any(queue.in_flight for queue in device.queues):
+            # Nobody hangs up on an answer that is on its way.
+            stopping.join(GRACE)
     return [
         f"queue {queue.index} ({queue.name}): {queue.in_flight} requests were taken and not completed; "
         "call complete() on what was detached, in on_queue_stop() at the latest"
