@@ -103,6 +103,9 @@ pub enum RingError {
     #[error("the memory of the ring is gone: {0}")]
     MemoryGone(String),
 
+    #[error("the in-flight record: {0}")]
+    InflightRecord(String),
+
     #[error("a chain of {needed} descriptors does not fit: {free} are free")]
     NoRoom { needed: usize, free: u16 },
 

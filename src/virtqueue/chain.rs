@@ -17,6 +17,7 @@ pub struct Chain {
     writing: bool,
     /// With an IOMMU, the I/O addresses that the segments come from.
     mapped: Vec<IovaRange>,
+    resubmitted: bool,
 }
 
 /// What goes back to the driver: the chain that is done, and how many bytes were written to it.
@@ -89,6 +90,16 @@ impl Chain {
         done
     }
 
+    /// Whether a device that was killed had taken it already, and may have begun to work on it.
+    #[must_use]
+    pub fn resubmitted(&self) -> bool {
+        self.resubmitted
+    }
+
+    pub(super) fn set_resubmitted(&mut self) {
+        self.resubmitted = true;
+    }
+
     pub(super) fn start(&mut self, head: u16) {
         self.head = head;
         self.segments.clear();
@@ -97,6 +108,7 @@ impl Chain {
         self.writable = 0;
         self.writing = false;
         self.mapped.clear();
+        self.resubmitted = false;
     }
 
     /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.

@@ -4,13 +4,16 @@
 //! Virtio 1.3, section 2.7.
 
 mod chain;
+mod crash;
 mod driver;
+mod inflight;
 mod ring;
 mod split;
 mod walk;
 
 pub use chain::{Chain, Used};
 pub use driver::{Element, Indirect, SplitDriver};
+pub use inflight::{Format, InflightBuffer, InflightSlot};
 pub use ring::{Ring, RingAddresses, RingLimits, RingOptions, RingPointers};
 pub use split::SplitRing;
 

@@ -39,7 +39,8 @@ pub trait Ring: Debug + Send + Sized {
     /// Descriptors.
     fn size(&self) -> u16;
 
-    /// Where the ring would go on if it stopped now, as in GET_VRING_BASE.
+    /// Where the ring would go on if it stopped now, as in GET_VRING_BASE. Chains that are to be taken again, and are
+    /// not where the driver's side of the ring has them, stay in the in-flight record.
     fn base(&self) -> u32;
 
     /// Chains taken and not given back yet.

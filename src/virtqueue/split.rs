@@ -3,10 +3,13 @@
 //! Owns: where the next available entry is, what was published, when to notify.
 //! Virtio 1.3, section 2.7.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::{Chain, Used};
+use super::crash;
+use super::inflight::{InflightSlot, SplitRecord};
 use super::ring::{
     Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, needs_event,
 };
@@ -45,6 +48,18 @@ pub struct SplitRing {
     in_flight: u16,
     /// The chain that was taken last, while it may still be put back.
     last_taken: Option<u16>,
+
+    /// What outlives this process of the above, if the front-end gave memory for it.
+    record: Option<Box<Recorded>>,
+}
+
+#[derive(Debug)]
+struct Recorded {
+    record: SplitRecord,
+    /// Chains that a device before us had taken: they come before what is available.
+    resubmit: VecDeque<u16>,
+    /// Whether the chain that was taken last was one of them.
+    last_was_one: bool,
 }
 
 // SAFETY: the pointers are into shared memory that `walk.snapshot` keeps mapped, and the ring is used by one thread at a
@@ -79,6 +94,7 @@ impl Ring for SplitRing {
             decided: None,
             in_flight: 0,
             last_taken: None,
+            record: None,
         };
         ring.next_used = u16::from_le(ring.used_index().load(Ordering::Relaxed));
         ring.published = ring.next_used;
@@ -109,7 +125,10 @@ impl Ring for SplitRing {
     }
 
     fn base(&self) -> u32 {
-        self.next_avail.into()
+        let Some(recorded) = &self.record else { return self.next_avail.into() };
+        let base = self.next_avail.wrapping_sub(recorded.resubmit.len() as u16);
+        let is_there = (0..).zip(&recorded.resubmit).all(|(at, head)| self.head_at(base.wrapping_add(at)) == *head);
+        if is_there { base.into() } else { self.next_avail.into() }
     }
 
     fn in_flight(&self) -> u16 {
@@ -123,26 +142,34 @@ impl Ring for SplitRing {
     fn available(&mut self) -> Result<u16, RingError> {
         let avail = u16::from_le(self.avail_index().load(Ordering::Acquire));
         let waiting = avail.wrapping_sub(self.next_avail);
-        if waiting > self.size - self.in_flight {
-            let free = self.size - self.in_flight;
+        let again = self.resubmitting();
+        let free = self.size - self.in_flight - again;
+        if waiting > free {
             return Err(RingError::IndexJump { from: self.next_avail, to: avail, free });
         }
         self.avail = avail;
-        Ok(waiting)
+        Ok(waiting + again)
     }
 
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(recorded) = &self.record
+            && let Some(head) = recorded.resubmit.front().copied()
+        {
+            return self.pop_again(head, chain).map(|()| true);
+        }
         if self.next_avail == self.avail {
             return Ok(false);
         }
-        let slot = usize::from(self.next_avail & (self.size - 1));
-        // SAFETY: `slot < size`, and the available ring was resolved over `2 + size` entries at least. The copy is used.
-        let head = u16::from_le(unsafe { self.parts.avail.add(2 + slot).read_volatile() });
+        let head = self.head_at(self.next_avail);
         if head >= self.size {
             return Err(RingError::HeadOutOfRange { head, size: self.size });
         }
         chain.start(head);
         self.walk(head, chain)?;
+        if let Some(recorded) = &mut self.record {
+            recorded.record.taken(head);
+            recorded.last_was_one = false;
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
         self.last_taken = Some(head);
@@ -153,8 +180,15 @@ impl Ring for SplitRing {
         if self.last_taken.take_if(|last| *last == head).is_none() {
             return false;
         }
-        self.next_avail = self.next_avail.wrapping_sub(1);
         self.in_flight -= 1;
+        if let Some(recorded) = &mut self.record {
+            if recorded.last_was_one {
+                recorded.resubmit.push_front(head);
+                return true;
+            }
+            recorded.record.put_back(head);
+        }
+        self.next_avail = self.next_avail.wrapping_sub(1);
         true
     }
 
@@ -165,7 +199,12 @@ impl Ring for SplitRing {
         unsafe {
             let entry = self.parts.used.add(2 + 4 * slot).cast::<u32>();
             entry.write_volatile(u32::from(used.head).to_le());
+            crash::point();
             entry.add(1).write_volatile(used.written.to_le());
+            crash::point();
+        }
+        if let Some(recorded) = &mut self.record {
+            recorded.record.completed(used.head);
         }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -177,7 +216,14 @@ impl Ring for SplitRing {
             return false;
         }
         self.published = self.next_used;
+        if let Some(recorded) = &mut self.record {
+            recorded.record.before_publish();
+        }
         self.used_index().store(self.next_used.to_le(), Ordering::Release);
+        crash::point();
+        if let Some(recorded) = &mut self.record {
+            recorded.record.after_publish(self.next_used);
+        }
         // The driver may be about to sleep: it must see the index, or we must see that it wants a notification.
         fence(Ordering::SeqCst);
         let since = self.decided.replace(self.next_used);
@@ -209,6 +255,44 @@ impl Ring for SplitRing {
 }
 
 impl SplitRing {
+    /// The ring with a record of what is in flight. What a device before us has left in it is taken again, first and in
+    /// the same order, and the record says where the ring goes on. vhost-user specification, "Inflight I/O tracking".
+    pub fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
+        let (record, resubmit) = SplitRecord::open(slot, self.size, self.next_used)?;
+        self.next_avail = self.next_used.wrapping_add(resubmit.len() as u16);
+        self.avail = self.next_avail;
+        self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false }));
+        Ok(self)
+    }
+
+    /// How many of the next chains a device before us had taken already.
+    #[must_use]
+    pub fn resubmitting(&self) -> u16 {
+        self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
+    }
+
+    /// Take a chain that the record holds. It has its mark, and its place in the available ring is behind us.
+    #[cold]
+    fn pop_again(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.start(head);
+        self.walk(head, chain)?;
+        chain.set_resubmitted();
+        if let Some(recorded) = &mut self.record {
+            recorded.resubmit.pop_front();
+            recorded.last_was_one = true;
+        }
+        self.in_flight += 1;
+        self.last_taken = Some(head);
+        Ok(())
+    }
+
+    /// Entry `index` of the available ring.
+    fn head_at(&self, index: u16) -> u16 {
+        let slot = usize::from(index & (self.size - 1));
+        // SAFETY: `slot < size`, and the available ring was resolved over `2 + size` entries at least. The copy is used.
+        u16::from_le(unsafe { self.parts.avail.add(2 + slot).read_volatile() })
+    }
+
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         let mut index = head;
         for _ in 0..self.size {
