@@ -930,10 +930,32 @@ def test_status_is_kept_and_zero_resets_the_device(serve: Serve, connect: Connec
     assert front.get_u64(Id.GET_STATUS) == 0
 
 
-def test_reset_owner_changes_nothing(front: FrontEnd, memory: Memory) -> None:
+def test_reset_owner_disables_the_rings_and_forgets_nothing(front: FrontEnd, memory: Memory) -> None:
     ring = ready(front, memory)
     front.tell(Id.RESET_OWNER)
-    assert front.exchange(ring, b"abc", 8) == b"cba"
+    chain = ring.add([b"abc"], [8])
+    front.kick(ring)
+    front.get(Id.GET_FEATURES)
+    assert ring.take() == []
+    front.enable(ring)
+    [(_, length)] = ring.wait()
+    assert chain.written(length) == b"cba"
+
+
+def test_reset_owner_is_answered_when_requests_in_flight_are_done(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    device = Hold()
+    front = connect(serve(device))
+    ring = ready(front, memory)
+    ring.add([b"abc"], [8])
+    front.kick(ring)
+    request = device.next()
+    front.send(Id.RESET_OWNER, flags=NEED_REPLY)
+    assert front.is_silent()
+    request.complete()
+    assert front.reply_to(Id.RESET_OWNER) == u64(0)
+    assert len(ring.take()) == 1
 
 
 # --- Reconnection -----------------------------------------------------------------------------------------------------

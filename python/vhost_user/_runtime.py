@@ -10,7 +10,7 @@ import inspect
 import logging
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Offer(NamedTuple):
     """Bits of the protocol."""
     gpu_socket: bool
     """Whether it takes GPU_SET_SOCKET, for which there is no bit."""
+    shared_memory: Mapping[int, int]
+    """Bytes of each shared memory region, by its index."""
 
 
 class ConfigStorage:
@@ -244,7 +246,7 @@ class Runtime:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
-        offer = Offer(features, int(device._offers), device._takes_gpu_socket)
+        offer = Offer(features, int(device._offers), device._takes_gpu_socket, device._shared_memory())
         return Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
 
     def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
@@ -486,6 +488,10 @@ class Runtime:
         if hook is not None:
             getattr(self.device, hook)(old, new)
         self.device.on_config_write(field, old, new)
+
+    def extension(self, method: str, *arguments: object) -> object:
+        """A method of one of the classes in :mod:`vhost_user.extensions`, from which the device is derived."""
+        return getattr(self.device, method)(*arguments)
 
     def device_reset(self) -> None:
         self.device.on_reset()

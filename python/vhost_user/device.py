@@ -64,7 +64,9 @@ class Device:
         device._runtime = Runtime(device)
         return device
 
-    def __init_subclass__(cls, *, device_id: int | None = None, offers: int = 0, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, *, device_id: int | None = None, offers: int = 0, gpu_socket: bool = False, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         if device_id is not None:
             if not 0 < device_id < 1 << 16:
@@ -73,7 +75,9 @@ class Device:
         members = [member for base in reversed(cls.__mro__) for member in vars(base).values()]
         for base in cls.__bases__:
             offers |= getattr(base, "_offers", 0)
+            gpu_socket |= getattr(base, "_takes_gpu_socket", False)
         cls._offers = ProtocolFeature(offers)
+        cls._takes_gpu_socket = gpu_socket
         cls._queues = _last_by_name(members, Queue)
         cls._layout = config.Layout(cls.__name__, _last_by_name(members, config.Field))
         cls._handlers = _handlers(cls, members)
@@ -175,6 +179,10 @@ class Device:
     def config_update(self) -> AbstractContextManager[None]:
         """Assign several configuration fields in a ``with`` block, and notify the driver once, at its end."""
         return self._runtime.config.update()
+
+    def _shared_memory(self) -> Mapping[int, int]:
+        """Bytes of each shared memory region, by its index."""
+        return {}
 
     # --- Hooks ------------------------------------------------------------------------------------------------------
 

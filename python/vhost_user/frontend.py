@@ -19,13 +19,17 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from . import _core
 from ._core import Memory, ProtocolFeature, TransportFeature
 from .errors import PeerTimeout, StateError, VhostUserError
 from .queues import Buffer
 from .server import Endpoint, PathLike
+
+if TYPE_CHECKING:
+    from .extensions.crypto import AsymmetricSession, SymmetricSession
+    from .extensions.gpu import ScreenServer
 
 #: Seconds that an answer may take, and a request, unless somebody says otherwise.
 TIMEOUT = 5.0
@@ -272,6 +276,41 @@ class Frontend:
             if event.kind == "config_changed":
                 return
         raise PeerTimeout(f"the back-end announced no change of the configuration within {wanted} s")
+
+    # --- What only some devices have --------------------------------------------------------------------------------
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Let a network device announce the guest's address, of 6 bytes, to the network. Needs RARP."""
+        self._session.send_rarp(mac)
+
+    def set_mtu(self, mtu: int) -> None:
+        """Tell a network device how many bytes its packets have. Needs NET_MTU, and F_MTU of the device."""
+        self._session.set_mtu(mtu)
+
+    def create_crypto_session(self, session: SymmetricSession | AsymmetricSession) -> int:
+        """Create a session of a crypto device. Returns its number. Needs CRYPTO_SESSION.
+
+        Raises:
+            ValueError: a key is too long.
+        """
+        return self._session.create_crypto_session(session.operation, session.pack())
+
+    def close_crypto_session(self, number: int) -> None:
+        """Close a session of a crypto device. Needs CRYPTO_SESSION."""
+        self._session.close_crypto_session(number)
+
+    def open_screen(self) -> ScreenServer:
+        """Give a device that draws a socket to draw on, and return its other end. vhost-user-gpu specification."""
+        from .extensions.gpu import ScreenServer
+
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._session.set_gpu_socket(theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        return ScreenServer(ours, timeout=self.timeout)
 
     # --- Memory -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
+//! | `extensions` | messages that only some devices take |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
 //!
 //! Everything runs on the thread that runs the loop, except what says otherwise. Nothing here knows of Python.
@@ -14,6 +15,7 @@
 mod channel;
 mod config;
 mod event_loop;
+mod extensions;
 mod notification;
 mod session;
 mod vring;
@@ -21,6 +23,7 @@ mod vring;
 pub use channel::{Channel, Granted, Then};
 pub use config::ConfigSpace;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
+pub use extensions::Extensions;
 pub use session::{Flow, Hooks, Profile, Session};
 pub use vring::{Run, Statistics, Taken, Vring, VringStatus};
 

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use super::channel::Channel;
 use super::config::ConfigSpace;
 use super::event_loop::{EventLoop, Interest, Token};
+use super::extensions::{Extensions, mac_of, mtu_of};
 use super::notification::Kick;
 use super::vring::Vring;
 use crate::error::{Error, RingError};
 use crate::memory::{Snapshot, faults_seen};
 use crate::protocol::{
     Answer, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable, Payload, ProtocolFeatures,
-    Rings, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+    Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
 };
 use crate::transport::{Connection, Frame, Received};
 use crate::virtqueue::{RingAddresses, RingOptions};
@@ -46,7 +47,7 @@ const TAKEN_WITHOUT_ASKING: VirtioFeatures =
     VirtioFeatures(VirtioFeatures::INDIRECT_DESC.0 | VirtioFeatures::EVENT_IDX.0 | VirtioFeatures::VERSION_1.0);
 
 /// What a device offers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Profile {
     /// Bits of the device type, as in GET_FEATURES.
     pub device_features: u64,
@@ -56,6 +57,8 @@ pub struct Profile {
     pub extensions: ProtocolFeatures,
     /// Whether the device is one that takes GPU_SET_SOCKET, for which there is no feature.
     pub takes_gpu_socket: bool,
+    /// The shared memory regions of the device, for GET_SHMEM_CONFIG.
+    pub shared_memory: Arc<ShmemConfig>,
 }
 
 impl Profile {
@@ -80,7 +83,7 @@ impl Profile {
 }
 
 /// What a session tells the device. Called on the loop's thread, with no lock held.
-pub trait Hooks {
+pub trait Hooks: Extensions {
     /// SET_FEATURES was accepted.
     fn features_negotiated(&mut self, features: u64);
     /// The queue may be worked on from now on.
@@ -392,7 +395,13 @@ impl Session {
                 return self.wait_for(running, Some(QUIESCE_DEADLINE), Then::ReplyFeatures, hooks);
             }
             M::SetFeatures(U64(bits)) => self.set_features(VirtioFeatures(bits), hooks).map_err(refuse)?,
-            M::SetOwner(Empty) | M::ResetOwner(Empty) => {}
+            M::SetOwner(Empty) => {}
+            M::ResetOwner(Empty) => {
+                // Obsolete. Some meant it to disable the rings, others to forget everything; what was configured stays, or
+                // else a connection that goes on would be lost.
+                let (queues, then) = (self.all_queues(), Then::Acknowledge { request, need_reply });
+                return self.wait_for(queues, Some(QUIESCE_DEADLINE), then, hooks);
+            }
             M::SetMemTable(MemoryTable { regions }) => {
                 let memory = Snapshot::from_table(&regions, &files).map_err(|error| refuse(error.to_string()))?;
                 self.set_memory(memory).map_err(refuse)?;
@@ -440,13 +449,7 @@ impl Session {
             },
             M::GetProtocolFeatures(Empty) => return self.reply(request, U64(self.profile.protocol_features().0)),
             M::SetProtocolFeatures(U64(bits)) => {
-                let unknown = ProtocolFeatures(bits).without(self.profile.protocol_features());
-                if !unknown.is_empty() {
-                    return Err(refuse(format!("{unknown} was not offered")));
-                }
-                ProtocolFeatures(bits).check_requirements().map_err(refuse)?;
-                self.protocol_features = ProtocolFeatures(bits);
-                self.tell_channel();
+                self.set_protocol_features(ProtocolFeatures(bits)).map_err(refuse)?;
             }
             M::GetQueueNum(Empty) => return self.reply(request, U64(self.vrings.len() as u64)),
             M::SetBackendReqFd(Empty) => {
@@ -470,6 +473,13 @@ impl Session {
                 }
             }
             M::GetStatus(Empty) => return self.reply(request, U64(u64::from(self.status))),
+            M::SendRarp(U64(mac)) => hooks.send_rarp(mac_of(mac)).map_err(refuse)?,
+            M::NetSetMtu(U64(mtu)) => mtu_of(mtu).and_then(|mtu| hooks.set_mtu(mtu)).map_err(refuse)?,
+            M::CreateCryptoSession(session) => return self.create_crypto_session(*session, hooks),
+            M::CloseCryptoSession(U64(session)) => hooks.close_crypto_session(session).map_err(refuse)?,
+            M::GpuSetSocket(Empty) => hooks.set_gpu_socket(files.swap_remove(0)).map_err(refuse)?,
+            M::GetSharedObject(uuid) => return self.get_shared_object(uuid, hooks),
+            M::GetShmemConfig(Empty) => return self.reply(request, *self.profile.shared_memory),
             // Everything else is behind a feature that is not offered, or asks for nothing that we keep.
             M::SetLogBase(_) | M::SetLogFd(_) => {
                 return Err(refuse("dirty logging was not offered (LOG_ALL, LOG_SHMFD)".to_owned()));
@@ -477,6 +487,22 @@ impl Session {
             _ => return Err(refuse("this message is not supported".to_owned())),
         }
         Ok(Done::Acknowledge)
+    }
+
+    fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Result<(), String> {
+        let unknown = features.without(self.profile.protocol_features());
+        if unknown.contains(ProtocolFeatures::XEN_MMAP) {
+            return Err(format!(
+                "{unknown} was not offered: guest memory is mapped from files here, and Xen's needs its own devices"
+            ));
+        }
+        if !unknown.is_empty() {
+            return Err(format!("{unknown} was not offered"));
+        }
+        features.check_requirements()?;
+        self.protocol_features = features;
+        self.tell_channel();
+        Ok(())
     }
 
     fn set_features(&mut self, features: VirtioFeatures, hooks: &mut dyn Hooks) -> Result<(), String> {
@@ -688,11 +714,11 @@ impl Session {
 
     // --- Answers ----------------------------------------------------------------------------------------------------
 
-    fn reply(&mut self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
+    pub(super) fn reply(&mut self, request: FrontendRequest, payload: impl Payload) -> Result<Done, Error> {
         self.reply_with(request, payload, None)
     }
 
-    fn reply_with(
+    pub(super) fn reply_with(
         &mut self,
         request: FrontendRequest,
         payload: impl Payload,
@@ -752,7 +778,7 @@ impl AsFd for Session {
 
 /// What is left to do for a message that was applied.
 #[derive(Debug, PartialEq, Eq)]
-enum Done {
+pub(super) enum Done {
     /// A reply was sent, or will be.
     Answered,
     Acknowledge,

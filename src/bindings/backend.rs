@@ -17,7 +17,7 @@ use crate::backend::{
     Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
-use crate::protocol::ProtocolFeatures;
+use crate::protocol::{ProtocolFeatures, ShmemConfig};
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
@@ -77,15 +77,19 @@ struct Offer {
     features: u64,
     protocol: u64,
     gpu_socket: bool,
+    /// Bytes of each shared memory region, by its index.
+    shared_memory: HashMap<u8, u64>,
 }
 
 impl Offer {
     fn profile(&self, has_config: bool) -> Profile {
+        let size = |region| self.shared_memory.get(&(region as u8)).copied().unwrap_or(0);
         Profile {
             device_features: self.features,
             has_config,
             extensions: ProtocolFeatures(self.protocol),
             takes_gpu_socket: self.gpu_socket,
+            shared_memory: Arc::new(ShmemConfig::new(std::array::from_fn(size))),
         }
     }
 }
@@ -163,7 +167,7 @@ impl Backend {
         }
         let session = Session::new(
             socket,
-            self.profile,
+            self.profile.clone(),
             Arc::clone(&self.vrings),
             Arc::clone(&self.config),
             Arc::clone(&self.channel),
@@ -419,9 +423,9 @@ impl Backend {
 }
 
 /// What one turn of the loop works with.
-struct Turn<'a, 'py> {
+pub(super) struct Turn<'a, 'py> {
     backend: &'a Backend,
-    py: Python<'py>,
+    pub(super) py: Python<'py>,
     /// KeyboardInterrupt or SystemExit: raised when the turn is over, after what was begun is done.
     fatal: Option<PyErr>,
 }
@@ -598,6 +602,21 @@ impl<'py> Turn<'_, 'py> {
         self.survive(result.map(drop), method);
     }
 
+    /// Call a method of the runtime for an answer. What it raises refuses what the front-end asked for.
+    pub(super) fn ask<T>(
+        &mut self,
+        method: &str,
+        arguments: impl pyo3::call::PyCallArgs<'py>,
+        answer: impl FnOnce(Bound<'py, PyAny>) -> PyResult<T>,
+    ) -> Result<T, String> {
+        let result = self.backend.runtime.bind(self.py).call_method1(method, arguments).and_then(answer);
+        result.map_err(|error| {
+            let text = error.value(self.py).to_string();
+            self.survive(Err(error), method);
+            text
+        })
+    }
+
     /// An exception outside of any request is reported, and the loop goes on; one that means the end is kept.
     fn survive(&mut self, result: PyResult<()>, what: &str) {
         let Err(error) = result else { return };
@@ -632,15 +651,7 @@ impl Hooks for Turn<'_, '_> {
 
     fn config_written(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String> {
         let bytes = PyBytes::new(self.py, bytes);
-        let result = self.backend.runtime.bind(self.py).call_method1("config_written", (offset, bytes));
-        match result {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let text = error.value(self.py).to_string();
-                self.survive(Err(error), "config_written");
-                Err(text)
-            }
-        }
+        self.ask("config_written", (offset, bytes), |_| Ok(()))
     }
 
     fn device_reset(&mut self) {

@@ -3,8 +3,9 @@
 //! Whatever may wait, or talks to the back-end, does so without the interpreter: the back-end may be a thread of the
 //! same process.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,10 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict, PyModule};
 
 use super::errors::to_python;
+use super::extensions::duplicate;
 use crate::error::Error;
 use crate::frontend::{self, Allocation, Event, QueueOptions};
-use crate::protocol::{FrontendRequest, ProtocolFeatures, VirtioFeatures};
+use crate::protocol::{FrontendRequest, ProtocolFeatures, Uuid, VirtioFeatures};
 
 /// The driver's end of a session.
 #[pyclass(frozen, module = "vhost_user._core")]
@@ -101,6 +103,39 @@ impl Frontend {
 
     fn set_config(&self, py: Python<'_>, offset: u32, data: PyBackedBytes) -> PyResult<()> {
         self.run(py, || self.core.set_config(offset, &data))
+    }
+
+    fn send_rarp(&self, py: Python<'_>, mac: [u8; 6]) -> PyResult<()> {
+        self.run(py, || self.core.send_rarp(mac))
+    }
+
+    fn set_mtu(&self, py: Python<'_>, mtu: u64) -> PyResult<()> {
+        self.run(py, || self.core.set_mtu(mtu))
+    }
+
+    fn create_crypto_session(&self, py: Python<'_>, operation: u64, parameters: PyBackedBytes) -> PyResult<u64> {
+        let parameters = <[u8; 1056]>::try_from(&parameters[..])
+            .map_err(|_| PyValueError::new_err(format!("a session has 1056 bytes, not {}", parameters.len())))?;
+        self.run(py, || self.core.create_crypto_session(operation, parameters))
+    }
+
+    fn close_crypto_session(&self, py: Python<'_>, session: u64) -> PyResult<()> {
+        self.run(py, || self.core.close_crypto_session(session))
+    }
+
+    fn set_gpu_socket(&self, py: Python<'_>, fd: i32) -> PyResult<()> {
+        let socket = duplicate(fd)?;
+        self.run(py, || self.core.set_gpu_socket(socket.as_fd()))
+    }
+
+    /// The file of an object, which the caller owns.
+    fn get_shared_object(&self, py: Python<'_>, uuid: [u8; 16]) -> PyResult<Option<i32>> {
+        let file = self.run(py, || self.core.get_shared_object(Uuid(uuid)))?;
+        Ok(file.map(IntoRawFd::into_raw_fd))
+    }
+
+    fn get_shared_memory(&self, py: Python<'_>) -> PyResult<HashMap<u8, u64>> {
+        self.run(py, || self.core.get_shared_memory()).map(|sizes| sizes.into_iter().collect())
     }
 
     /// Share these memories, and no others any more.

@@ -8,6 +8,7 @@ mod backend;
 mod buffer;
 mod codec;
 mod errors;
+mod extensions;
 mod frontend;
 mod load;
 mod request;

@@ -2,6 +2,7 @@
 //!
 //! | file | owns |
 //! |---|---|
+//! | `extensions` | messages that only some devices take |
 //! | `session` | one connection: requests, their answers, and what the back-end asks meanwhile |
 //! | `memory` | guest memory that this process makes, and what is free of it |
 //! | `queue` | one ring with its notifications and the requests that are under way |
@@ -10,6 +11,7 @@
 //! The back end is the one that is not trusted here: every answer has a deadline, and is checked. Everything can be
 //! used from several threads at once. Nothing here knows of Python.
 
+mod extensions;
 mod load;
 mod memory;
 mod queue;

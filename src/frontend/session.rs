@@ -116,7 +116,10 @@ impl Frontend {
             | ProtocolFeatures::CONFIG.0
             | ProtocolFeatures::RESET_DEVICE.0
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0
-            | ProtocolFeatures::STATUS.0,
+            | ProtocolFeatures::STATUS.0
+            | ProtocolFeatures::RARP.0
+            | ProtocolFeatures::NET_MTU.0
+            | ProtocolFeatures::CRYPTO_SESSION.0,
     );
 
     /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.

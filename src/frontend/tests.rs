@@ -13,7 +13,9 @@ use proptest::prelude::{Strategy, any, prop_assert, prop_assert_eq, proptest};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use super::*;
-use crate::backend::{self, Channel, ConfigSpace, EventLoop, Flow, Hooks, Profile, Session, Taken, Token, Vring};
+use crate::backend::{
+    self, Channel, ConfigSpace, EventLoop, Extensions, Flow, Hooks, Profile, Session, Taken, Token, Vring,
+};
 use crate::error::{Error, RingError};
 use crate::memory::Snapshot;
 use crate::protocol::{
@@ -572,6 +574,8 @@ struct Echo {
 }
 
 struct Quiet;
+
+impl Extensions for Quiet {}
 
 impl Hooks for Quiet {
     fn features_negotiated(&mut self, _features: u64) {}

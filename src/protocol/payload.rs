@@ -32,7 +32,10 @@ pub trait Payload: Sized {
 }
 
 macro_rules! fixed_payload {
-    ($name:ident, $size:literal, $fields:expr $(, queue: $queue:expr)? $(, descriptors: $descriptors:expr)?) => {
+    (
+        $name:ident, $size:literal, $fields:expr
+        $(, queue: $queue:expr)? $(, descriptors: $descriptors:expr)? $(, not: $other:literal => $meaning:expr)?
+    ) => {
         const _: () = assert!(size_of::<$name>() == $size && total($name::FIELDS) == $size);
 
         impl Payload for $name {
@@ -40,6 +43,9 @@ macro_rules! fixed_payload {
             const FIELDS: &'static [Field] = $fields;
 
             fn decode(bytes: &[u8]) -> Result<Self, String> {
+                $(if bytes.len() == $other {
+                    return Err(format!("expected {} bytes of payload, got {}: {}", $size, bytes.len(), $meaning));
+                })?
                 Self::read_from_bytes(bytes)
                     .map_err(|_| format!("expected {} bytes of payload, got {}", $size, bytes.len()))
             }
@@ -175,6 +181,11 @@ pub struct Region {
 }
 fixed_payload!(Region, 32, fields!(Region: guest_address, size, user_address, file_offset));
 
+impl Region {
+    /// What it means when a region has 40 bytes.
+    const OF_XEN: &'static str = "regions of 40 bytes belong to XEN_MMAP, which was not offered";
+}
+
 impl Shaped for Region {
     const SHAPE: Shape = Shape::Structure(Self::FIELDS);
 }
@@ -206,6 +217,9 @@ impl Payload for MemoryTable {
         if count > Self::MAX_REGIONS {
             return Err(format!("{count} regions; at most {} are allowed", Self::MAX_REGIONS));
         }
+        if count > 0 && rest.len() == count * 40 {
+            return Err(format!("{count} regions in {} bytes: {}", bytes.len(), Region::OF_XEN));
+        }
         // User-Mode Linux before 6.13 always sends the bytes of two regions: more than needed is accepted.
         if rest.len() < count * size_of::<Region>() {
             return Err(format!("{count} regions need {} bytes of payload, got {}", 8 + count * 32, bytes.len()));
@@ -233,7 +247,7 @@ pub struct SingleRegion {
     pub padding: u64,
     pub region: Region,
 }
-fixed_payload!(SingleRegion, 40, fields!(SingleRegion: padding, region));
+fixed_payload!(SingleRegion, 40, fields!(SingleRegion: padding, region), not: 48 => Region::OF_XEN);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -384,6 +398,21 @@ pub struct ShmemConfig {
     pub sizes: [u64; 256],
 }
 fixed_payload!(ShmemConfig, 2056, fields!(ShmemConfig: regions, padding, sizes));
+
+impl ShmemConfig {
+    /// Regions of these sizes, in bytes, by their index; 0 where there is none.
+    #[must_use]
+    pub fn new(sizes: [u64; 256]) -> Self {
+        let regions = sizes.iter().filter(|size| **size > 0).count() as u32;
+        Self { regions, padding: 0, sizes }
+    }
+}
+
+impl Default for ShmemConfig {
+    fn default() -> Self {
+        Self::new([0; 256])
+    }
+}
 
 /// CREATE_CRYPTO_SESSION. The union in the middle is the device's to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
