@@ -71,6 +71,9 @@ pub enum RingError {
     #[error("I/O address {iova:#x} is not mapped (for {})", doing(*writable))]
     NotMapped { iova: u64, writable: bool },
 
+    #[error("I/O address {iova:#x} is not mapped (for {}): {reason}", doing(*writable))]
+    Untranslated { iova: u64, writable: bool, reason: String },
+
     #[error("descriptor {descriptor} is for {}, which I/O address {iova:#x} is not mapped for", doing(*writable))]
     NotPermitted { descriptor: u16, iova: u64, writable: bool },
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
-from ._core import Backend, Request
+from ._core import Backend, Request, TransportFeature
 from .errors import DeclarationError, StateError, VhostUserError
 from .loop import Loop, Timer, Watch
 
@@ -38,6 +38,8 @@ class Offer(NamedTuple):
 
     features: int
     """Bits of the device type."""
+    transport: int
+    """Bits of the transport and the rings."""
     protocol: int
     """Bits of the protocol."""
     gpu_socket: bool
@@ -246,8 +248,13 @@ class Runtime:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
-        offer = Offer(features, int(device._offers), device._takes_gpu_socket, device._shared_memory())
+        transport = self._transport_features()
+        offer = Offer(features, transport, int(device._offers), device._takes_gpu_socket, device._shared_memory())
         return Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
+
+    def _transport_features(self) -> int:
+        """Those that only some devices offer."""
+        return TransportFeature.ACCESS_PLATFORM if self.device.iommu else 0
 
     def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
         """What takes the requests of each queue."""
@@ -361,6 +368,7 @@ class Runtime:
         return {
             "device_id": int(device.device_id),
             "features": f"{int(device.features):#x}",
+            "transport features": f"{self._transport_features():#x}",
             "protocol features": f"{int(device._offers):#x}",
             "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
             "max_request": [declaration.max_request for declaration in device._queues],

@@ -130,6 +130,8 @@ class QueueStatistics:
     """Notifications that the driver did not want."""
     errors: int = 0
     """Handlers that failed, requests that nobody answered, and rings that broke."""
+    iotlb_misses: int = 0
+    """How often the front-end was asked where an I/O address is; see :attr:`Device.iommu`."""
 
 
 class DeviceQueue:

@@ -148,6 +148,12 @@ impl Channel {
         self.send_waiting(&mut state);
     }
 
+    /// Whether another request is likely to be accepted: half of the room is left to others.
+    pub(super) fn has_room(&self) -> bool {
+        let state = self.lock();
+        state.waiting.len() + state.sent.len() < MAX_REQUESTS / 2
+    }
+
     /// Whether the front-end owes us no answer, and we owe it no request.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `session` | one connection: what was negotiated, and what each message does |
 //! | `vring` | one queue across connections: its state, requests in flight, statistics |
+//! | `translation` | what a ring behind an IOMMU waits for |
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
@@ -18,6 +19,7 @@ mod event_loop;
 mod extensions;
 mod notification;
 mod session;
+mod translation;
 mod vring;
 
 pub use channel::{Channel, Granted, Then};

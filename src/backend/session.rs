@@ -7,17 +7,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::channel::Channel;
+use super::channel::{Channel, Granted};
 use super::config::ConfigSpace;
 use super::event_loop::{EventLoop, Interest, Token};
 use super::extensions::{Extensions, mac_of, mtu_of};
 use super::notification::Kick;
 use super::vring::Vring;
 use crate::error::{Error, RingError};
-use crate::memory::{Snapshot, faults_seen};
+use crate::memory::{Access, IovaRange, Permission, Snapshot, faults_seen};
 use crate::protocol::{
-    Answer, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable, Payload, ProtocolFeatures,
-    Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+    Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Iotlb, MemoryTable, Payload,
+    ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
 };
 use crate::transport::{Connection, Frame, Received};
 use crate::virtqueue::{RingAddresses, RingOptions};
@@ -51,6 +51,8 @@ const TAKEN_WITHOUT_ASKING: VirtioFeatures =
 pub struct Profile {
     /// Bits of the device type, as in GET_FEATURES.
     pub device_features: u64,
+    /// Those of the transport and the rings that the device asks for, because some front ends take them unseen.
+    pub transport_features: VirtioFeatures,
     /// Whether the device has a configuration space.
     pub has_config: bool,
     /// What the device implements itself, beside what every device has.
@@ -65,7 +67,10 @@ impl Profile {
     /// The answer to GET_FEATURES.
     #[must_use]
     pub fn features(&self) -> VirtioFeatures {
-        VirtioFeatures(self.device_features) | TAKEN_WITHOUT_ASKING | VirtioFeatures::PROTOCOL_FEATURES
+        VirtioFeatures(self.device_features)
+            | self.transport_features
+            | TAKEN_WITHOUT_ASKING
+            | VirtioFeatures::PROTOCOL_FEATURES
     }
 
     /// The answer to GET_PROTOCOL_FEATURES. Only what is implemented is offered: QEMU accepts bits it has no code for.
@@ -76,7 +81,8 @@ impl Profile {
             | ProtocolFeatures::BACKEND_REQ
             | ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | ProtocolFeatures::STATUS;
+            | ProtocolFeatures::STATUS
+            | ProtocolFeatures::GPA_ADDRESSES;
         let config = if self.has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::default() };
         always | config | self.extensions
     }
@@ -110,9 +116,17 @@ pub enum Flow {
 #[derive(Debug)]
 enum Then {
     ReplyVringBase(u16),
-    Acknowledge { request: FrontendRequest, need_reply: bool },
+    Acknowledge {
+        request: FrontendRequest,
+        need_reply: bool,
+    },
     ReplyFeatures,
-    Reset { request: FrontendRequest, need_reply: bool },
+    Reset {
+        request: FrontendRequest,
+        need_reply: bool,
+    },
+    /// Of an IOTLB_MSG that took back a range.
+    Unmapped(IovaRange),
     End(Option<Error>),
 }
 
@@ -152,6 +166,8 @@ pub struct Session {
     /// Queues that were started and should be looked at without waiting for a kick.
     ready: VecDeque<u16>,
     faults: u64,
+    /// When rings behind an IOMMU are looked at again.
+    translation_timer: Option<Instant>,
 }
 
 impl Session {
@@ -182,6 +198,7 @@ impl Session {
             stalled: None,
             ready: VecDeque::new(),
             faults: faults_seen(),
+            translation_timer: None,
         })
     }
 
@@ -223,8 +240,13 @@ impl Session {
             ));
             return self.end(hooks, Some(error));
         }
+        self.ask_for_translations(hooks);
         let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };
-        let busy: Vec<u16> = waiting.queues.iter().copied().filter(|queue| !self.vring(*queue).drain()).collect();
+        let is_idle = |queue| match waiting.then {
+            Then::Unmapped(range) => self.vring(queue).is_released(range),
+            _ => self.vring(queue).drain(),
+        };
+        let busy: Vec<u16> = waiting.queues.iter().copied().filter(|queue| !is_idle(*queue)).collect();
         let now = Instant::now();
         if !busy.is_empty() && waiting.deadline.is_none_or(|deadline| now < deadline) {
             if waiting.deadline.is_none() && now - waiting.since >= DRAIN_REMINDER {
@@ -233,11 +255,18 @@ impl Session {
             return Ok(Flow::Continue);
         }
         for queue in busy {
-            log::warn!(
-                "queue {queue}: the driver took it away while the device held {} requests; complete what you hold when \
-                 the queue stops",
-                self.vring(queue).in_flight()
-            );
+            let held = self.vring(queue).in_flight();
+            if let Then::Unmapped(range) = waiting.then {
+                log::warn!(
+                    "queue {queue}: the driver took the I/O addresses {range} away while the device held {held} requests, \
+                     at least one of which is there; what is written to it now may be in other use"
+                );
+            } else {
+                log::warn!(
+                    "queue {queue}: the driver took it away while the device held {held} requests; complete what you \
+                     hold when the queue stops"
+                );
+            }
         }
         let Some(waiting) = self.waiting.take() else { return Ok(Flow::Continue) };
         self.events.cancel_timer(waiting.timer);
@@ -358,8 +387,8 @@ impl Session {
         {
             return refuse(format!("needs the protocol feature {feature}, which this device did not offer"));
         }
-        if info.gate == Gate::AccessPlatform {
-            return refuse("belongs to a feature that this device did not offer".to_owned());
+        if info.gate == Gate::AccessPlatform && !self.has(VirtioFeatures::ACCESS_PLATFORM) {
+            return refuse("needs the feature ACCESS_PLATFORM, which was not negotiated".to_owned());
         }
         if info.gate == Gate::Gpu && !self.profile.takes_gpu_socket {
             return refuse("this device does not draw by itself: it takes no socket for that".to_owned());
@@ -404,7 +433,7 @@ impl Session {
             }
             M::SetMemTable(MemoryTable { regions }) => {
                 let memory = Snapshot::from_table(&regions, &files).map_err(|error| refuse(error.to_string()))?;
-                self.set_memory(memory).map_err(refuse)?;
+                self.set_memory(memory.behind(self.memory.iotlb().cloned())).map_err(refuse)?;
             }
             M::AddMemReg(SingleRegion { region, .. }) => {
                 if self.memory.len() >= MAX_MEMORY_SLOTS {
@@ -480,6 +509,12 @@ impl Session {
             M::GpuSetSocket(Empty) => hooks.set_gpu_socket(files.swap_remove(0)).map_err(refuse)?,
             M::GetSharedObject(uuid) => return self.get_shared_object(uuid, hooks),
             M::GetShmemConfig(Empty) => return self.reply(request, *self.profile.shared_memory),
+            M::IotlbMsg(message) => {
+                return match self.on_iotlb_message(&message).map_err(refuse)? {
+                    true => self.reply(request, U64(0)),
+                    false => Ok(Done::Answered),
+                };
+            }
             // Everything else is behind a feature that is not offered, or asks for nothing that we keep.
             M::SetLogBase(_) | M::SetLogFd(_) => {
                 return Err(refuse("dirty logging was not offered (LOG_ALL, LOG_SHMFD)".to_owned()));
@@ -517,6 +552,7 @@ impl Session {
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
         };
         self.vrings.iter().try_for_each(|vring| vring.check_options(options))?;
+        self.set_iommu(features.contains(VirtioFeatures::ACCESS_PLATFORM))?;
         for vring in self.vrings.iter() {
             vring.set_options(options);
             if !features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
@@ -539,6 +575,107 @@ impl Session {
         Ok(())
     }
 
+    // --- The IOMMU --------------------------------------------------------------------------------------------------
+
+    /// Put memory behind an IOMMU that knows nothing yet, or in front of it. While a ring runs it stays as it is.
+    fn set_iommu(&mut self, on: bool) -> Result<(), String> {
+        let is_on = self.memory.iotlb().is_some();
+        if !self.active_queues().is_empty() {
+            let message = "ACCESS_PLATFORM cannot change while a ring runs";
+            return if on == is_on { Ok(()) } else { Err(message.to_owned()) };
+        }
+        // A front-end tells of invalidations only while rings run: what it has mapped before may be gone.
+        if on || is_on { self.set_memory(self.memory.behind(on.then(Arc::default))) } else { Ok(()) }
+    }
+
+    /// Returns whether the answer is due now.
+    fn on_iotlb_message(&mut self, message: &Iotlb) -> Result<bool, String> {
+        match message.kind {
+            Iotlb::UPDATE => self.map(message).map(|()| true),
+            Iotlb::INVALIDATE => self.unmap(message),
+            kind => Err(format!(
+                "the kind {kind} is neither {} (update) nor {} (invalidate)",
+                Iotlb::UPDATE,
+                Iotlb::INVALIDATE
+            )),
+        }
+    }
+
+    fn map(&mut self, message: &Iotlb) -> Result<(), String> {
+        let range = self.memory.map(message)?;
+        let waited: Vec<u16> =
+            self.all_queues().into_iter().filter(|queue| self.vring(*queue).on_mapped(range)).collect();
+        self.ready.extend(waited);
+        Ok(())
+    }
+
+    /// Forget a range, and answer when no request has its buffers there.
+    fn unmap(&mut self, message: &Iotlb) -> Result<bool, String> {
+        let Iotlb { iova, size, .. } = *message;
+        // 2^64 addresses are one more than can be said.
+        let range = if (iova, size) == (0, 0) { Some(IovaRange::EVERYTHING) } else { IovaRange::new(iova, size) };
+        let range = range.ok_or_else(|| format!("{size:#x} addresses from {iova:#x} on are none, or wrap around"))?;
+        if let Some(iotlb) = self.memory.iotlb() {
+            iotlb.invalidate(range);
+        }
+        self.vrings.iter().for_each(|vring| vring.on_unmapped(range));
+        let queues: Vec<u16> =
+            self.all_queues().into_iter().filter(|queue| !self.vring(*queue).is_released(range)).collect();
+        let is_released = queues.is_empty();
+        if !is_released {
+            self.wait_until(queues, Some(QUIESCE_DEADLINE), Then::Unmapped(range));
+        }
+        Ok(is_released)
+    }
+
+    /// Ask the front-end for what rings cannot go on without, and give up on those that it does not help.
+    fn ask_for_translations(&mut self, hooks: &mut dyn Hooks) {
+        if self.memory.iotlb().is_none() {
+            return;
+        }
+        let now = Instant::now();
+        for queue in self.all_queues() {
+            // While the front-end waits for us we read nothing of what it says.
+            if self.waiting.is_some() {
+                self.vring(queue).extend_translation(now);
+            } else if let Err(error) = self.vring(queue).check_translation(now) {
+                hooks.queue_broke(queue, &error);
+                self.settle(hooks);
+            }
+            if self.channel.has_room()
+                && let Some((iova, writable)) = self.vring(queue).ask(now)
+            {
+                self.send_miss(queue, iova, writable);
+            }
+        }
+        // One timer is enough: it is set again when it expires.
+        self.translation_timer = self.translation_timer.filter(|due| now < *due);
+        let deadlines = self.vrings.iter().filter_map(|vring| vring.translation_deadline());
+        if self.translation_timer.is_none()
+            && let Some(first) = deadlines.min()
+        {
+            self.translation_timer = Some(first);
+            self.events.add_timer(first);
+        }
+    }
+
+    fn send_miss(&self, queue: u16, iova: u64, writable: bool) {
+        let permission = Permission::from(Access::to_descriptor(writable)).bits();
+        let miss = Iotlb { iova, permission, kind: Iotlb::MISS, ..Iotlb::default() };
+        let vring = Arc::clone(&self.vrings[usize::from(queue)]);
+        // Where it is comes on the main channel, before the front-end agrees to have told.
+        let then = move |answer: Result<Granted, Error>| {
+            if let Err(error) = answer {
+                vring.refuse_translation(iova, error.to_string());
+            }
+        };
+        let sent = self.channel.request(BackendMessage::IotlbMsg(miss), Vec::new(), Box::new(then));
+        if let Err(error) = sent {
+            self.vring(queue).refuse_translation(iova, error.to_string());
+            self.events.wakeup().wake();
+        }
+    }
+
     // --- Waiting for requests in flight -----------------------------------------------------------------------------
 
     /// Stop taking from `queues`, and do `then` when nothing of theirs is in flight, or at the deadline.
@@ -556,12 +693,16 @@ impl Session {
         if idle {
             return self.after_drain(then, &queues, hooks).map(|()| Done::Answered);
         }
+        self.wait_until(queues, deadline, then);
+        Ok(Done::Answered)
+    }
+
+    fn wait_until(&mut self, queues: Vec<u16>, deadline: Option<Duration>, then: Then) {
         let since = Instant::now();
         let deadline = deadline.map(|after| since + after);
         let timer = self.events.add_timer(deadline.unwrap_or(since + DRAIN_REMINDER));
         self.waiting = Some(Waiting { queues, since, deadline, timer, then });
         self.watch_connection();
-        Ok(Done::Answered)
     }
 
     fn after_drain(&mut self, then: Then, queues: &[u16], hooks: &mut dyn Hooks) -> Result<(), Error> {
@@ -595,6 +736,7 @@ impl Session {
                 hooks.device_reset();
                 self.acknowledge(request, need_reply, 0)
             }
+            Then::Unmapped(_) => self.reply(FrontendRequest::IotlbMsg, U64(0)).map(drop),
             Then::End(_) => Ok(()),
         }
     }
@@ -756,6 +898,10 @@ impl Session {
         if request == FrontendRequest::GetConfig {
             log::warn!("{error}");
             return self.reply(request, Empty).map(drop);
+        }
+        if request == FrontendRequest::IotlbMsg {
+            log::warn!("refused: {error}");
+            return self.reply(request, U64(1)).map(drop);
         }
         let has_own_reply = match request.info().answer {
             Answer::Ack => false,

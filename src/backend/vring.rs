@@ -8,11 +8,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::event_loop::Wakeup;
 use super::notification::{Call, Kick, Kicked};
+use super::translation::Translation;
 use crate::error::RingError;
-use crate::memory::Snapshot;
+use crate::memory::{IovaRange, Snapshot};
 use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used};
 
 /// Counters of one queue, since the device was made.
@@ -27,6 +29,8 @@ pub struct Statistics {
     pub calls_suppressed: AtomicU64,
     /// Requests whose handler failed, and rings that broke.
     pub errors: AtomicU64,
+    /// How often the front-end was asked where an I/O address is.
+    pub iotlb_misses: AtomicU64,
 }
 
 /// One life of a ring: from its start, or a change of memory, to the next. A request keeps the one it came from.
@@ -42,7 +46,7 @@ pub struct Run {
 pub enum Taken {
     /// Chains were appended, and this is the run that they belong to.
     Chains(Arc<Run>),
-    /// There is nothing now; the driver was asked to kick.
+    /// There is nothing now; the driver was asked to kick, or the front-end where something is.
     Nothing,
     /// The ring does not run: it is stopped, disabled, being stopped, or broken.
     NotRunning,
@@ -116,6 +120,7 @@ struct Inner {
     state: State,
     /// Completed while the ring may not be touched; published when it may again.
     held: Vec<Used>,
+    translation: Translation,
 }
 
 /// A queue. All methods may be called from any thread.
@@ -147,6 +152,7 @@ impl Vring {
             draining: false,
             state: State::Stopped { base: 0 },
             held: Vec::new(),
+            translation: Translation::default(),
         };
         Self {
             index,
@@ -182,14 +188,25 @@ impl Vring {
         if !inner.may_process() {
             return Taken::NotRunning;
         }
-        let State::Running { ring, run } = &mut inner.state else { return Taken::NotRunning };
+        let Inner { state, translation, .. } = &mut *inner;
+        let State::Running { ring, run } = state else { return Taken::NotRunning };
         match on_ring!(ring, ring => take_from(&mut **ring, max, chains, spare)) {
             Ok(0) => Taken::Nothing,
             Ok(count) => {
-                let readable: u64 = chains[chains.len() - count..].iter().map(Chain::readable).sum();
+                let chains = &chains[chains.len() - count..];
+                let readable: u64 = chains.iter().map(Chain::readable).sum();
+                if run.snapshot.iotlb().is_some() {
+                    translation.take(chains);
+                }
                 self.statistics.requests.fetch_add(count as u64, Ordering::Relaxed);
                 self.statistics.bytes_read.fetch_add(readable, Ordering::Relaxed);
                 Taken::Chains(Arc::clone(run))
+            }
+            Err(RingError::NotMapped { iova, writable }) => {
+                if translation.set_miss(iova, writable) {
+                    self.wakeup.wake();
+                }
+                Taken::Nothing
             }
             Err(error) => {
                 self.break_down(&mut inner);
@@ -205,9 +222,13 @@ impl Vring {
         if run.generation != self.generation.load(Ordering::Relaxed) || !inner.held.is_empty() {
             return false;
         }
-        let State::Running { ring, .. } = &mut inner.state else { return false };
+        let Inner { state, translation, .. } = &mut *inner;
+        let State::Running { ring, .. } = state else { return false };
         let done = on_ring!(ring, ring => ring.unpop(chain.head()));
         if done {
+            if translation.complete(&[Used { head: chain.head(), written: 0 }]) {
+                self.wakeup.wake();
+            }
             self.statistics.requests.fetch_sub(1, Ordering::Relaxed);
             self.statistics.bytes_read.fetch_sub(chain.readable(), Ordering::Relaxed);
         }
@@ -222,8 +243,9 @@ impl Vring {
             return false;
         }
         let may_touch = inner.may_touch();
-        let Inner { state, held, call, draining, .. } = &mut *inner;
+        let Inner { state, held, call, draining, translation, .. } = &mut *inner;
         let State::Running { ring, .. } = state else { return false };
+        let released = translation.complete(used);
         let mut published = None;
         if may_touch {
             published = Some(publish(ring, used, call));
@@ -238,7 +260,7 @@ impl Vring {
         if let Some(call) = published {
             self.signal(call.as_deref());
         }
-        if drained {
+        if drained || released {
             self.wakeup.wake();
         }
         true
@@ -351,7 +373,11 @@ impl Vring {
         if !inner.is_active() {
             self.stop_here(&mut inner);
         } else if let State::Running { ring, .. } = &mut inner.state {
-            ring.relocate(addresses).map_err(|error| error.to_string())?;
+            match ring.relocate(addresses) {
+                Ok(()) => {}
+                Err(RingError::NotMapped { .. }) => inner.translation.unmap(),
+                Err(error) => return Err(error.to_string()),
+            }
         }
         inner.addresses = Some(addresses);
         Ok(())
@@ -433,11 +459,16 @@ impl Vring {
         if !inner.enabled || inner.parked || inner.kick.is_none() {
             return Ok(());
         }
-        let Inner { state, held, call, size, addresses, options, limits, .. } = &mut *inner;
+        if let Err(error) = inner.remap() {
+            self.break_down(&mut inner);
+            return Err(error);
+        }
+        let may_touch = inner.may_touch();
+        let Inner { state, held, call, size, addresses, options, limits, translation, .. } = &mut *inner;
         match state {
             State::Broken { .. } => Ok(()),
             State::Running { ring, .. } => {
-                if !held.is_empty() {
+                if may_touch && !held.is_empty() {
                     let call = publish(ring, &std::mem::take(held), call);
                     drop(inner);
                     self.signal(call.as_deref());
@@ -457,6 +488,10 @@ impl Vring {
                         *state = State::Running { ring, run };
                         Ok(())
                     }
+                    Err(RingError::NotMapped { iova, writable }) => {
+                        translation.set_miss(iova, writable);
+                        Ok(())
+                    }
                     Err(error) => {
                         self.break_down(&mut inner);
                         Err(error)
@@ -470,9 +505,10 @@ impl Vring {
     pub(super) fn check_memory(&self, snapshot: &Snapshot) -> Result<(), String> {
         let inner = self.lock();
         match &inner.state {
-            State::Running { ring, .. } if inner.is_active() => {
-                ring.resolve(snapshot).map(drop).map_err(|error| format!("queue {} is running: {error}", self.index))
-            }
+            State::Running { ring, .. } if inner.is_active() => match ring.resolve(snapshot) {
+                Ok(_) | Err(RingError::NotMapped { .. }) => Ok(()),
+                Err(error) => Err(format!("queue {} is running: {error}", self.index)),
+            },
             _ => Ok(()),
         }
     }
@@ -480,16 +516,82 @@ impl Vring {
     /// Go on over `snapshot`, which [`check_memory`](Self::check_memory) has accepted. Requests in flight keep the old.
     pub(super) fn set_memory(&self, snapshot: &Arc<Snapshot>) {
         let mut inner = self.lock();
-        if let State::Running { ring, run } = &mut inner.state {
+        let Inner { state, translation, .. } = &mut *inner;
+        if let State::Running { ring, run } = state {
             match ring.resolve(snapshot) {
-                Ok(pointers) => {
-                    ring.move_to(pointers, Arc::clone(snapshot));
-                    *run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation: run.generation });
-                }
-                Err(_) => self.stop_here(&mut inner),
+                Ok(pointers) => ring.move_to(pointers, Arc::clone(snapshot)),
+                Err(RingError::NotMapped { .. }) => translation.unmap(),
+                Err(_) => return self.stop_here(&mut inner),
+            }
+            *run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation: run.generation });
+        }
+    }
+
+    // --- Behind an IOMMU --------------------------------------------------------------------------------------------
+
+    /// What the front-end has to be asked for: an I/O address, and whether it is to be written to. It counts as asked.
+    pub(super) fn ask(&self, now: Instant) -> Option<(u64, bool)> {
+        let mut inner = self.lock();
+        let question = inner.translation.to_ask()?;
+        inner.translation.set_asked(now);
+        self.statistics.iotlb_misses.fetch_add(1, Ordering::Relaxed);
+        Some(question)
+    }
+
+    /// The front-end will not say where `iova` is.
+    pub(super) fn refuse_translation(&self, iova: u64, reason: String) {
+        self.lock().translation.refuse(iova, reason);
+    }
+
+    /// Break the ring if the front-end refused to say, or did not say in time, what it needs to know.
+    pub(super) fn check_translation(&self, now: Instant) -> Result<(), RingError> {
+        let mut inner = self.lock();
+        let limit = match &inner.state {
+            State::Running { run, .. } => run.snapshot.iotlb().map_or(0, |iotlb| iotlb.capacity()),
+            _ => usize::MAX,
+        };
+        match inner.translation.failure(now, limit) {
+            None => Ok(()),
+            Some(error) => {
+                self.break_down(&mut inner);
+                Err(error)
             }
         }
     }
+
+    /// The front-end has had no chance to say anything until now.
+    pub(super) fn extend_translation(&self, now: Instant) {
+        self.lock().translation.extend(now);
+    }
+
+    /// When [`check_translation`](Self::check_translation) is to be called.
+    pub(super) fn translation_deadline(&self) -> Option<Instant> {
+        self.lock().translation.deadline()
+    }
+
+    /// `range` was mapped. Returns whether the ring has waited for that.
+    pub(super) fn on_mapped(&self, range: IovaRange) -> bool {
+        let mut inner = self.lock();
+        inner.translation.update(range) || inner.translation.is_unmapped()
+    }
+
+    /// `range` was taken back: a ring that is there is not touched until it is mapped again.
+    pub(super) fn on_unmapped(&self, range: IovaRange) {
+        let mut inner = self.lock();
+        let Inner { state, size, addresses, options, translation, .. } = &mut *inner;
+        if let (State::Running { .. }, Some(size), Some(addresses)) = (state, size, addresses)
+            && addresses.overlap(*size, *options, range)
+        {
+            translation.unmap();
+        }
+    }
+
+    /// Whether no request in flight has its buffers in `range`. If one has, the loop is woken when none has any more.
+    pub(super) fn is_released(&self, range: IovaRange) -> bool {
+        self.lock().translation.is_released(range)
+    }
+
+    // --- The end ----------------------------------------------------------------------------------------------------
 
     /// Take nothing more. Returns whether nothing is in flight; if something is, the loop is woken when it is done.
     pub(super) fn drain(&self) -> bool {
@@ -509,15 +611,29 @@ impl Vring {
     /// GET_VRING_BASE, after the drain: publish what had to wait, and stop. The descriptors go to `retire` first.
     pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u32 {
         let mut inner = self.lock();
+        let _ = inner.remap();
+        let is_unmapped = inner.translation.is_unmapped();
         let Inner { state, held, call, .. } = &mut *inner;
         let mut published = None;
+        let mut lost = 0;
         if let State::Running { ring, .. } = state
             && !held.is_empty()
         {
-            published = Some(publish(ring, &std::mem::take(held), call));
+            if is_unmapped {
+                lost = held.len();
+            } else {
+                published = Some(publish(ring, &std::mem::take(held), call));
+            }
         }
         let base = self.forget_run(&mut inner, retire);
         drop(inner);
+        if lost > 0 {
+            log::warn!(
+                "queue {}: the front-end stops it while its addresses are not mapped: the driver cannot be told of {lost} \
+                 completed requests",
+                self.index
+            );
+        }
         if let Some(call) = published {
             self.signal(call.as_deref());
         }
@@ -565,6 +681,7 @@ impl Vring {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
         inner.held.clear();
+        inner.translation = Translation::default();
         inner.draining = false;
         inner.parked = false;
     }
@@ -597,7 +714,7 @@ impl Vring {
 
 impl Inner {
     fn may_touch(&self) -> bool {
-        self.enabled && !self.parked
+        self.enabled && !self.parked && !self.translation.is_unmapped()
     }
 
     fn may_process(&self) -> bool {
@@ -605,7 +722,27 @@ impl Inner {
     }
 
     fn is_active(&self) -> bool {
-        self.may_touch() && matches!(self.state, State::Running { .. })
+        self.enabled && !self.parked && matches!(self.state, State::Running { .. })
+    }
+
+    /// Find a ring again whose addresses were taken back, or ask for the first of them that is missing.
+    fn remap(&mut self) -> Result<(), RingError> {
+        let (State::Running { ring, run }, Some(addresses)) = (&mut self.state, self.addresses) else { return Ok(()) };
+        if !self.translation.is_unmapped() {
+            return Ok(());
+        }
+        let found = ring.resolve(&run.snapshot).and_then(|pointers| {
+            ring.move_to(pointers, Arc::clone(&run.snapshot));
+            ring.relocate(addresses)
+        });
+        match found {
+            Ok(()) => self.translation.remap(),
+            Err(RingError::NotMapped { iova, writable }) => {
+                self.translation.set_miss(iova, writable);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
 
     fn refuse_if_active(&self) -> Result<(), String> {

@@ -17,7 +17,7 @@ use crate::backend::{
     Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
-use crate::protocol::{ProtocolFeatures, ShmemConfig};
+use crate::protocol::{ProtocolFeatures, ShmemConfig, VirtioFeatures};
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
@@ -75,6 +75,7 @@ struct Inner {
 #[derive(Debug, FromPyObject)]
 struct Offer {
     features: u64,
+    transport: u64,
     protocol: u64,
     gpu_socket: bool,
     /// Bytes of each shared memory region, by its index.
@@ -86,6 +87,7 @@ impl Offer {
         let size = |region| self.shared_memory.get(&(region as u8)).copied().unwrap_or(0);
         Profile {
             device_features: self.features,
+            transport_features: VirtioFeatures(self.transport),
             has_config,
             extensions: ProtocolFeatures(self.protocol),
             takes_gpu_socket: self.gpu_socket,
@@ -357,6 +359,7 @@ impl Backend {
             ("calls", &statistics.calls),
             ("calls_suppressed", &statistics.calls_suppressed),
             ("errors", &statistics.errors),
+            ("iotlb_misses", &statistics.iotlb_misses),
         ] {
             counters.set_item(name, counter.load(Ordering::Relaxed))?;
         }

@@ -287,8 +287,8 @@ impl Snapshot {
         found.filter(|_| is_whole).ok_or(Untranslated::Scattered)
     }
 
-    /// Take over a message that maps I/O addresses. The error says what is wrong with it.
-    pub fn map(&self, message: &protocol::Iotlb) -> Result<(), String> {
+    /// Take over a message that maps I/O addresses, and return these. The error says what is wrong with it.
+    pub fn map(&self, message: &protocol::Iotlb) -> Result<IovaRange, String> {
         let protocol::Iotlb { iova, size, user_address, permission, .. } = *message;
         let iotlb = self.iotlb.as_ref().ok_or("there is no IOMMU")?;
         let range = IovaRange::new(iova, size)
@@ -302,7 +302,7 @@ impl Snapshot {
             ));
         }
         iotlb.update(range, user_address, permission);
-        Ok(())
+        Ok(range)
     }
 
     /// The pointer for `length` bytes at a user address of the front-end, if one region holds them all.

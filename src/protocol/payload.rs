@@ -299,6 +299,13 @@ pub struct Iotlb {
     pub kind: u8,
     pub padding: [u8; 6],
 }
+impl Iotlb {
+    /// Kinds: where is it (the back-end asks), it is there, it is there no more, it may not be used like that.
+    pub const MISS: u8 = 1;
+    pub const UPDATE: u8 = 2;
+    pub const INVALIDATE: u8 = 3;
+    pub const ACCESS_FAIL: u8 = 4;
+}
 fixed_payload!(Iotlb, 32, fields!(Iotlb: iova, size, user_address, permission, kind, padding));
 
 /// GET_CONFIG and SET_CONFIG, in both directions.
