@@ -36,6 +36,7 @@ INDIRECT_DESC = 1 << 28
 EVENT_IDX = 1 << 29
 PROTOCOL_FEATURES = 1 << 30
 VERSION_1 = 1 << 32
+ACCESS_PLATFORM = 1 << 33
 
 MQ = 1 << 0
 RARP = 1 << 2
@@ -51,6 +52,7 @@ RESET_DEVICE = 1 << 13
 CONFIGURE_MEM_SLOTS = 1 << 15
 STATUS = 1 << 16
 SHARED_OBJECT = 1 << 18
+GPA_ADDRESSES = 1 << 21
 SHMEM = 1 << 22
 
 NEXT = 1
@@ -85,6 +87,7 @@ class Id(enum.IntEnum):
     SEND_RARP = 19
     NET_SET_MTU = 20
     SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
     SET_VRING_ENDIAN = 23
     GET_CONFIG = 24
     SET_CONFIG = 25
@@ -124,6 +127,10 @@ def memory_table(*regions: bytes) -> bytes:
 
 def single_region(region: bytes) -> bytes:
     return bytes(8) + region
+
+
+def iotlb(kind: int, iova: int, size: int = 0, user: int = 0, permission: int = 0) -> bytes:
+    return struct.pack("=QQQBB6x", iova, size, user, permission, kind)
 
 
 def config(offset: int, data: bytes, *, flags: int = 0, size: int | None = None) -> bytes:

@@ -19,6 +19,7 @@ from raw import (
     CONFIG,
     CONFIGURE_MEM_SLOTS,
     EVENT_IDX,
+    GPA_ADDRESSES,
     INDIRECT_DESC,
     MQ,
     NEED_REPLY,
@@ -46,6 +47,7 @@ from raw import (
     memory_table,
     single_region,
     u64,
+    vring_address,
     vring_descriptor,
     vring_state,
     wait_until,
@@ -55,7 +57,7 @@ from specimens import NO_TYPE, Connect, Diary, Hold, Reverse, ReverseMany, Serve
 pytestmark = pytest.mark.timeout(30)
 
 OFFERED = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1
-OFFERED_PROTOCOL = MQ | REPLY_ACK | BACKEND_REQ | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS
+OFFERED_PROTOCOL = MQ | REPLY_ACK | BACKEND_REQ | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS | GPA_ADDRESSES
 
 
 @pytest.fixture
@@ -1091,3 +1093,18 @@ def test_the_process_is_level_after_200_front_ends(serve: Serve, memory: Memory)
         front.get_u64(Id.GET_FEATURES)
         assert before is not None
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "descriptors are closed")
+
+
+# --- Kinds of addresses -----------------------------------------------------------------------------------------------
+
+
+def test_with_gpa_addresses_rings_are_at_guest_addresses(front: FrontEnd) -> None:
+    with Memory(guest=0x4000_0000, user=0x4000_0000) as low, Memory(guest=0x8000_0000, user=0x8000_0000) as high:
+        front.negotiate(protocol=REPLY_ACK | GPA_ADDRESSES)
+        front.share(low, high)
+        ring = Ring(high)
+        front.place(ring)
+        front.tell(Id.SET_VRING_ADDR, vring_address(0, ring.descriptors, ring.used, ring.avail))
+        front.set_kick(ring)
+        front.enable(ring)
+        assert front.exchange(ring, b"gpa", 3) == b"apg"
