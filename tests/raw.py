@@ -32,6 +32,7 @@ REQUEST = 0x1
 REPLY = 0x5
 NEED_REPLY = 0x9
 
+LOG_ALL = 1 << 26
 INDIRECT_DESC = 1 << 28
 EVENT_IDX = 1 << 29
 PROTOCOL_FEATURES = 1 << 30
@@ -39,6 +40,7 @@ VERSION_1 = 1 << 32
 ACCESS_PLATFORM = 1 << 33
 
 MQ = 1 << 0
+LOG_SHMFD = 1 << 1
 RARP = 1 << 2
 REPLY_ACK = 1 << 3
 NET_MTU = 1 << 4
@@ -282,6 +284,10 @@ class FrontEnd(Channel):
         self.tell(Id.SET_VRING_BASE, vring_state(ring.index, base))
         self.tell(Id.SET_VRING_ADDR, ring.address_payload())
 
+    def set_log(self, log: Log) -> None:
+        self.send(Id.SET_LOG_BASE, log.payload, [log.descriptor], flags=NEED_REPLY)
+        assert self.reply_to(Id.SET_LOG_BASE) == log.payload
+
     def set_call(self, ring: Ring) -> Eventfd:
         call = self.own(Eventfd())
         self.tell(Id.SET_VRING_CALL, vring_descriptor(ring.index), [call.peer])
@@ -518,6 +524,39 @@ class Chain:
         data = b"".join(self.memory.read(address, size) for address, size in self.writable)
         assert length <= len(data)
         return data[:length]
+
+
+class Log:
+    """A dirty log: a bit for each page of 4096 bytes from guest address 0 on."""
+
+    def __init__(self, size: int, *, offset: int = 0, slack: int = 0) -> None:
+        """`size` bytes at `offset` of a file with `slack` more."""
+        self.size = size
+        self.offset = offset
+        self.descriptor = os.memfd_create("guest-log", os.MFD_CLOEXEC)
+        os.truncate(self.descriptor, offset + size + slack)
+
+    @classmethod
+    def of(cls, *memories: Memory) -> Self:
+        """As large as these memories need it."""
+        return cls(-(-max(memory.end for memory in memories) // (8 * 4096)))
+
+    @property
+    def payload(self) -> bytes:
+        """The payload of SET_LOG_BASE."""
+        return struct.pack("=QQ", self.size, self.offset)
+
+    def dirty(self) -> set[int]:
+        """The guest addresses of the pages that are marked."""
+        bits = os.pread(self.descriptor, self.size, self.offset)
+        return {4096 * (8 * at + bit) for at, byte in enumerate(bits) if byte for bit in range(8) if byte & 1 << bit}
+
+    def clear(self) -> None:
+        """Only while the device does nothing: it is not atomic."""
+        os.pwrite(self.descriptor, bytes(self.size), self.offset)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class Ring:

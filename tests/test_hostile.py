@@ -497,14 +497,12 @@ REFUSED: dict[str, tuple[Id, bytes, int]] = {
     "a configuration at the end of all offsets": (Id.SET_CONFIG, config(0xFFFF_FFFF, b"\0\0"), 0),
     # Features that were not offered.
     "a packed ring": (Id.SET_FEATURES, u64(VERSION_1 | 1 << 34), 0),
-    "dirty logging": (Id.SET_FEATURES, u64(VERSION_1 | 1 << 26), 0),
     "ACCESS_PLATFORM": (Id.SET_FEATURES, u64(VERSION_1 | 1 << 33), 0),
     "an unknown feature": (Id.SET_FEATURES, u64(1 << 63), 0),
     "an unknown protocol feature": (Id.SET_PROTOCOL_FEATURES, u64(1 << 63), 0),
     "notifications in band": (Id.SET_PROTOCOL_FEATURES, u64(1 << 14), 0),
     "a dirty log": (Id.SET_LOG_BASE, struct.pack("=QQ", PAGE, 0), 1),
     "a dirty log of 2^63 pages": (Id.SET_LOG_BASE, struct.pack("=QQ", TOP - 1, TOP - 1), 1),
-    "a dirty log's eventfd": (Id.SET_LOG_FD, b"", 1),
     "a kick in band": (Id.VRING_KICK, vring_state(0), 0),
     "a byte order": (Id.SET_VRING_ENDIAN, vring_state(0, 1), 0),
 }

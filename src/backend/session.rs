@@ -11,13 +11,13 @@ use super::channel::{Channel, Granted};
 use super::config::ConfigSpace;
 use super::event_loop::{EventLoop, Interest, Token};
 use super::extensions::{Extensions, mac_of, mtu_of};
-use super::notification::Kick;
-use super::vring::Vring;
+use super::notification::{Call, Kick};
+use super::vring::{Logging, Vring};
 use crate::error::{Error, RingError};
-use crate::memory::{Access, IovaRange, Permission, Snapshot, faults_seen};
+use crate::memory::{Access, DirtyLog, IovaRange, Permission, Snapshot, faults_seen};
 use crate::protocol::{
-    Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Iotlb, MemoryTable, Payload,
-    ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+    Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Iotlb, LogBase, MemoryTable,
+    Payload, ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
 };
 use crate::transport::{Connection, Frame, Received};
 use crate::virtqueue::{RingAddresses, RingOptions};
@@ -71,12 +71,14 @@ impl Profile {
             | self.transport_features
             | TAKEN_WITHOUT_ASKING
             | VirtioFeatures::PROTOCOL_FEATURES
+            | VirtioFeatures::LOG_ALL
     }
 
     /// The answer to GET_PROTOCOL_FEATURES. Only what is implemented is offered: QEMU accepts bits it has no code for.
     #[must_use]
     pub fn protocol_features(&self) -> ProtocolFeatures {
         let always = ProtocolFeatures::MQ
+            | ProtocolFeatures::LOG_SHMFD
             | ProtocolFeatures::REPLY_ACK
             | ProtocolFeatures::BACKEND_REQ
             | ProtocolFeatures::RESET_DEVICE
@@ -156,6 +158,7 @@ pub struct Session {
     channel: Arc<Channel>,
     events: Arc<EventLoop>,
     memory: Arc<Snapshot>,
+    logging: Logging,
     features: Option<VirtioFeatures>,
     protocol_features: ProtocolFeatures,
     status: u8,
@@ -191,6 +194,7 @@ impl Session {
             channel,
             events,
             memory: Arc::default(),
+            logging: Logging::default(),
             features: None,
             protocol_features: ProtocolFeatures::default(),
             status: 0,
@@ -241,6 +245,9 @@ impl Session {
             return self.end(hooks, Some(error));
         }
         self.ask_for_translations(hooks);
+        if let Some(complaint) = self.logging.log.as_ref().and_then(|log| log.complaint()) {
+            log::error!("{complaint}");
+        }
         let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };
         let is_idle = |queue| match waiting.then {
             Then::Unmapped(range) => self.vring(queue).is_released(range),
@@ -329,6 +336,11 @@ impl Session {
             return Ok(());
         }
         self.faults = faults;
+        if self.logging.log.as_ref().is_some_and(|log| log.is_lost()) {
+            return Err(Error::Memory(
+                "the front-end shrank the file behind its dirty log while it was in use".to_owned(),
+            ));
+        }
         match self.memory.lost_region() {
             None => Ok(()),
             Some(region) => Err(Error::Memory(format!(
@@ -449,8 +461,9 @@ impl Session {
             }
             M::SetVringNum(VringState { num, .. }) => self.vring(queue).set_size(num).map_err(refuse)?,
             M::SetVringBase(VringState { num, .. }) => self.vring(queue).set_base(num).map_err(refuse)?,
-            M::SetVringAddr(VringAddress { descriptors, avail, used, .. }) => {
-                self.vring(queue).set_addresses(RingAddresses { descriptors, avail, used }).map_err(refuse)?;
+            M::SetVringAddr(address @ VringAddress { descriptors, avail, used, .. }) => {
+                let addresses = RingAddresses { descriptors, avail, used };
+                self.vring(queue).set_addresses(addresses, address.used_log()).map_err(refuse)?;
             }
             M::GetVringBase(_) => {
                 return self.wait_for(vec![queue], None, Then::ReplyVringBase(queue), hooks);
@@ -515,9 +528,18 @@ impl Session {
                     false => Ok(Done::Answered),
                 };
             }
-            // Everything else is behind a feature that is not offered, or asks for nothing that we keep.
-            M::SetLogBase(_) | M::SetLogFd(_) => {
-                return Err(refuse("dirty logging was not offered (LOG_ALL, LOG_SHMFD)".to_owned()));
+            M::SetLogBase(LogBase::Shared(log)) if self.protocol_features.contains(ProtocolFeatures::LOG_SHMFD) => {
+                let file = files.swap_remove(0);
+                let map = DirtyLog::map(log, &file).map_err(|error| refuse(error.to_string()))?;
+                self.set_logging(Logging { log: Some(Arc::new(map)), ..self.logging.clone() });
+                return self.reply(request, log);
+            }
+            M::SetLogBase(_) => {
+                return Err(refuse("a log that is not shared cannot be written to; negotiate LOG_SHMFD".to_owned()));
+            }
+            M::SetLogFd(_) => {
+                let call = files.pop().map(|descriptor| Arc::new(Call::new(descriptor)));
+                self.set_logging(Logging { call, ..self.logging.clone() });
             }
             _ => return Err(refuse("this message is not supported".to_owned())),
         }
@@ -559,10 +581,23 @@ impl Session {
                 vring.set_enabled(true);
             }
         }
+        self.set_logging(Logging { buffers: features.contains(VirtioFeatures::LOG_ALL), ..self.logging.clone() });
+        let logging_alone = self.features.is_some_and(|old| (old.0 ^ features.0) == VirtioFeatures::LOG_ALL.0);
         self.features = Some(features);
         self.tell_channel();
-        hooks.features_negotiated(features.0);
+        // A migration that begins or fails is no business of the device.
+        if !logging_alone {
+            hooks.features_negotiated(features.without(VirtioFeatures::LOG_ALL).0);
+        }
         Ok(())
+    }
+
+    /// When this returns, nothing is marked in the log of before any more.
+    fn set_logging(&mut self, logging: Logging) {
+        self.logging = logging;
+        for vring in self.vrings.iter() {
+            vring.set_logging(&self.logging);
+        }
     }
 
     fn set_memory(&mut self, memory: Snapshot) -> Result<(), String> {
@@ -774,6 +809,7 @@ impl Session {
         }
         self.channel.disconnect();
         self.memory = Arc::default();
+        self.logging = Logging::default();
     }
 
     fn remind(&mut self, now: Instant) {

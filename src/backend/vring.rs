@@ -14,8 +14,8 @@ use super::event_loop::Wakeup;
 use super::notification::{Call, Kick, Kicked};
 use super::translation::Translation;
 use crate::error::RingError;
-use crate::memory::{IovaRange, Snapshot};
-use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used};
+use crate::memory::{DirtyLog, IovaRange, Snapshot};
+use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used, Written};
 
 /// Counters of one queue, since the device was made.
 #[derive(Debug, Default)]
@@ -93,6 +93,58 @@ macro_rules! on_ring {
     };
 }
 
+/// What a front-end that migrates the guest wants to know, and where.
+#[derive(Clone, Debug, Default)]
+pub struct Logging {
+    pub(super) log: Option<Arc<DirtyLog>>,
+    /// LOG_ALL: what is written to buffers.
+    pub(super) buffers: bool,
+    /// Told of marks.
+    pub(super) call: Option<Arc<Call>>,
+}
+
+impl Logging {
+    /// Mark what the device may have written to `chains`. Their used entries are not published yet.
+    fn mark_buffers(&self, memory: &Snapshot, chains: &[Chain]) -> Marked {
+        let Some(log) = self.log.as_ref().filter(|_| self.buffers) else { return Marked::default() };
+        let mut marked = Marked::default();
+        for chain in chains.iter().filter(|chain| chain.writable() > 0) {
+            log.mark_segments(memory, chain.writable_segments());
+            marked = Marked(self.call.clone());
+        }
+        marked
+    }
+
+    /// Mark what was written to a ring whose used part is logged at the guest address `used`.
+    fn mark_ring(&self, used: Option<u64>, ring: &AnyRing, pieces: &[Written]) -> Marked {
+        let (Some(log), Some(used)) = (&self.log, used) else { return Marked::default() };
+        for piece in pieces {
+            match *piece {
+                Written::Used(offset, length) => log.mark(used.saturating_add(offset), length),
+                Written::Descriptors(offset, length) => {
+                    if let Some(descriptors) = ring.descriptors() {
+                        log.mark(descriptors + offset, length);
+                    }
+                }
+            }
+        }
+        Marked(self.call.clone())
+    }
+}
+
+/// Who is to be told of marks, if there are any, after the ring's lock is released.
+#[derive(Debug, Default)]
+#[must_use]
+struct Marked(Option<Arc<Call>>);
+
+impl Marked {
+    fn tell(self) {
+        if let Some(call) = self.0 {
+            call.signal();
+        }
+    }
+}
+
 #[derive(Debug)]
 enum KickSource {
     Descriptor(Kick),
@@ -106,6 +158,9 @@ struct Inner {
     /// Unknown until SET_VRING_NUM, which may come last.
     size: Option<u16>,
     addresses: Option<RingAddresses>,
+    /// The guest address at which writes to the used ring are logged, if they are.
+    used_log: Option<u64>,
+    logging: Logging,
     options: RingOptions,
     limits: RingLimits,
     /// A ring with a source of kicks is started, in the specification's words.
@@ -142,6 +197,8 @@ impl Vring {
             max_size,
             size: None,
             addresses: None,
+            used_log: None,
+            logging: Logging::default(),
             options: RingOptions::default(),
             limits,
             kick: None,
@@ -188,9 +245,13 @@ impl Vring {
         if !inner.may_process() {
             return Taken::NotRunning;
         }
-        let Inner { state, translation, .. } = &mut *inner;
+        let Inner { state, logging, used_log, translation, .. } = &mut *inner;
         let State::Running { ring, run } = state else { return Taken::NotRunning };
-        match on_ring!(ring, ring => take_from(&mut **ring, max, chains, spare)) {
+        let taken = on_ring!(ring, ring => take_from(&mut **ring, max, chains, spare));
+        // It did or did not ask for kicks, in the used ring.
+        let written = on_ring!(ring, ring => ring.kick_suppression());
+        let marked = logging.mark_ring(*used_log, ring, &[written]);
+        let taken = match taken {
             Ok(0) => Taken::Nothing,
             Ok(count) => {
                 let chains = &chains[chains.len() - count..];
@@ -212,7 +273,10 @@ impl Vring {
                 self.break_down(&mut inner);
                 Taken::Broken(error)
             }
-        }
+        };
+        drop(inner);
+        marked.tell();
+        taken
     }
 
     /// Give the chain that was taken last back, as if it had not been taken. Only right after [`take`](Self::take) of
@@ -235,31 +299,32 @@ impl Vring {
         done
     }
 
-    /// Give chains back to the driver and notify it if it wants that. Chains of an earlier run are forgotten: nobody
-    /// waits for them any more. Returns whether they were taken.
-    pub fn complete(&self, run: &Run, used: &[Used]) -> bool {
+    /// Give `chains` back to the driver, each with its entry of `used`, and notify it if it wants that. Those of an
+    /// earlier run are forgotten: nobody waits for them any more. Returns whether they were taken.
+    pub fn complete(&self, run: &Run, used: &[Used], chains: &[Chain]) -> bool {
+        debug_assert_eq!(used.len(), chains.len());
         let mut inner = self.lock();
-        if run.generation != self.generation.load(Ordering::Relaxed) {
+        // Also for an earlier run: its memory was written to. And before anything is published, under the lock that a
+        // change of the log takes as well: whoever swaps the log finds every mark in one or the other.
+        let marked = inner.logging.mark_buffers(&run.snapshot, chains);
+        let taken = run.generation == self.generation.load(Ordering::Relaxed);
+        let released = taken && inner.translation.complete(used);
+        let mut published = None;
+        if taken && inner.may_touch() {
+            published = inner.publish(used);
+        } else if taken {
+            inner.held.extend_from_slice(used);
+        }
+        let drained = taken && inner.draining && inner.is_idle();
+        drop(inner);
+        marked.tell();
+        if !taken {
             return false;
         }
-        let may_touch = inner.may_touch();
-        let Inner { state, held, call, draining, translation, .. } = &mut *inner;
-        let State::Running { ring, .. } = state else { return false };
-        let released = translation.complete(used);
-        let mut published = None;
-        if may_touch {
-            published = Some(publish(ring, used, call));
-        } else {
-            held.extend_from_slice(used);
-        }
-        let drained = *draining && usize::from(ring.in_flight()) == held.len();
-        drop(inner);
 
         let written: u64 = used.iter().map(|entry| u64::from(entry.written)).sum();
         self.statistics.bytes_written.fetch_add(written, Ordering::Relaxed);
-        if let Some(call) = published {
-            self.signal(call.as_deref());
-        }
+        self.announce(published);
         if drained || released {
             self.wakeup.wake();
         }
@@ -366,8 +431,9 @@ impl Vring {
         Ok(())
     }
 
-    /// SET_VRING_ADDR. A running ring goes on where it is, at its new addresses.
-    pub(super) fn set_addresses(&self, addresses: RingAddresses) -> Result<(), String> {
+    /// SET_VRING_ADDR. A running ring goes on where it is, at its new addresses. Writes to the used ring are logged from
+    /// the guest address `used_log` on.
+    pub(super) fn set_addresses(&self, addresses: RingAddresses, used_log: Option<u64>) -> Result<(), String> {
         let mut inner = self.lock();
         addresses.check_alignment(inner.options.packed)?;
         if !inner.is_active() {
@@ -380,6 +446,7 @@ impl Vring {
             }
         }
         inner.addresses = Some(addresses);
+        inner.used_log = used_log;
         Ok(())
     }
 
@@ -453,6 +520,13 @@ impl Vring {
         }
     }
 
+    /// Log as `logging` says from now on. When this returns, nothing is marked in the log of before any more.
+    pub(super) fn set_logging(&self, logging: &Logging) {
+        let old = std::mem::replace(&mut self.lock().logging, logging.clone());
+        // The last one to let go of a log unmaps it: not with the lock.
+        drop(old);
+    }
+
     /// Start the ring if everything it needs is there, or publish what had to wait until it may be touched again.
     pub(super) fn try_start(&self, snapshot: &Arc<Snapshot>) -> Result<(), RingError> {
         let mut inner = self.lock();
@@ -464,15 +538,13 @@ impl Vring {
             return Err(error);
         }
         let may_touch = inner.may_touch();
-        let Inner { state, held, call, size, addresses, options, limits, translation, .. } = &mut *inner;
+        let Inner { state, size, addresses, options, limits, translation, .. } = &mut *inner;
         match state {
             State::Broken { .. } => Ok(()),
-            State::Running { ring, .. } => {
-                if may_touch && !held.is_empty() {
-                    let call = publish(ring, &std::mem::take(held), call);
-                    drop(inner);
-                    self.signal(call.as_deref());
-                }
+            State::Running { .. } => {
+                let published = if may_touch { inner.publish_held() } else { None };
+                drop(inner);
+                self.announce(published);
                 Ok(())
             }
             State::Stopped { base } => {
@@ -597,10 +669,7 @@ impl Vring {
     pub(super) fn drain(&self) -> bool {
         let mut inner = self.lock();
         inner.draining = true;
-        match &inner.state {
-            State::Running { ring, .. } => usize::from(ring.in_flight()) == inner.held.len(),
-            _ => true,
-        }
+        inner.is_idle()
     }
 
     /// Take chains again.
@@ -612,19 +681,8 @@ impl Vring {
     pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u32 {
         let mut inner = self.lock();
         let _ = inner.remap();
-        let is_unmapped = inner.translation.is_unmapped();
-        let Inner { state, held, call, .. } = &mut *inner;
-        let mut published = None;
-        let mut lost = 0;
-        if let State::Running { ring, .. } = state
-            && !held.is_empty()
-        {
-            if is_unmapped {
-                lost = held.len();
-            } else {
-                published = Some(publish(ring, &std::mem::take(held), call));
-            }
-        }
+        let lost = if inner.translation.is_unmapped() { inner.held.len() } else { 0 };
+        let published = if lost == 0 { inner.publish_held() } else { None };
         let base = self.forget_run(&mut inner, retire);
         drop(inner);
         if lost > 0 {
@@ -634,9 +692,7 @@ impl Vring {
                 self.index
             );
         }
-        if let Some(call) = published {
-            self.signal(call.as_deref());
-        }
+        self.announce(published);
         base
     }
 
@@ -654,6 +710,8 @@ impl Vring {
         self.forget_run(&mut inner, retire);
         inner.state = State::Stopped { base: 0 };
         inner.addresses = None;
+        inner.used_log = None;
+        inner.logging = Logging::default();
         inner.size = None;
         inner.error = None;
         inner.enabled = false;
@@ -697,7 +755,9 @@ impl Vring {
         self.statistics.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn signal(&self, call: Option<&Call>) {
+    fn announce(&self, published: Option<Published>) {
+        let Some(Published { call, marked }) = published else { return };
+        marked.tell();
         let counter = if let Some(call) = call {
             call.signal();
             &self.statistics.calls
@@ -745,6 +805,31 @@ impl Inner {
         Ok(())
     }
 
+    /// Whether the device holds nothing that it has not completed.
+    fn is_idle(&self) -> bool {
+        match &self.state {
+            State::Running { ring, .. } => usize::from(ring.in_flight()) == self.held.len(),
+            _ => true,
+        }
+    }
+
+    /// Show `used` to the driver, if the ring runs.
+    fn publish(&mut self, used: &[Used]) -> Option<Published> {
+        let State::Running { ring, .. } = &mut self.state else { return None };
+        let (notify, pieces) = on_ring!(ring, ring => publish_on(&mut **ring, used));
+        let call = if notify { self.call.clone() } else { None };
+        Some(Published { call, marked: self.logging.mark_ring(self.used_log, ring, &pieces) })
+    }
+
+    /// Show the driver what had to wait until the ring may be touched.
+    fn publish_held(&mut self) -> Option<Published> {
+        if self.held.is_empty() {
+            return None;
+        }
+        let held = std::mem::take(&mut self.held);
+        self.publish(&held)
+    }
+
     fn refuse_if_active(&self) -> Result<(), String> {
         if self.is_active() { Err("the ring is running; stop it with GET_VRING_BASE first".to_owned()) } else { Ok(()) }
     }
@@ -782,18 +867,29 @@ impl AnyRing {
     fn in_flight(&self) -> u16 {
         on_ring!(self, ring => ring.in_flight())
     }
+
+    /// The guest address of the descriptors.
+    fn descriptors(&self) -> Option<u64> {
+        on_ring!(self, ring => ring.descriptors())
+    }
 }
 
-/// Show `used` to the driver. Returns whom to notify, if it wants that.
-fn publish(ring: &mut AnyRing, used: &[Used], call: &Option<Arc<Call>>) -> Option<Arc<Call>> {
-    if on_ring!(ring, ring => publish_on(&mut **ring, used)) { call.clone() } else { None }
+/// Whom to tell that used entries were published, after the ring's lock is released.
+#[derive(Debug)]
+#[must_use]
+struct Published {
+    /// None if the driver does not want to be notified.
+    call: Option<Arc<Call>>,
+    marked: Marked,
 }
 
-fn publish_on(ring: &mut impl Ring, used: &[Used]) -> bool {
+/// Show `used` to the driver. Returns whether it wants to be notified, and what was written to.
+fn publish_on(ring: &mut impl Ring, used: &[Used]) -> (bool, [Written; 3]) {
     for entry in used {
         ring.push_used(*entry);
     }
-    ring.publish()
+    let pieces = ring.unpublished();
+    (ring.publish(), pieces)
 }
 
 fn take_from(

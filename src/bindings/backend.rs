@@ -535,7 +535,8 @@ impl<'py> Turn<'_, 'py> {
                         used.push(entry);
                     }
                 }
-                vring.complete(&run, &used);
+                let done = spare.len() - used.len();
+                vring.complete(&run, &used, &spare[done..]);
                 used.clear();
                 let mut inner = lock(&self.backend.inner);
                 inner.polls_in_vain = 0;

@@ -114,8 +114,8 @@ impl Request {
         state.phase = Phase::Completed;
         let used = state.used();
         let lent = std::mem::take(&mut state.lent);
+        self.vring.complete(&self.run, &[used], std::slice::from_ref(&state.chain));
         drop(state);
-        self.vring.complete(&self.run, &[used]);
         report_lent(py, &lent, self.vring.index());
     }
 
@@ -390,7 +390,7 @@ impl Drop for Request {
         if state.phase != Phase::Completed && self.vring.is_current(&self.run) {
             // The driver would wait for ever.
             let used = state.used();
-            self.vring.complete(&self.run, &[used]);
+            self.vring.complete(&self.run, &[used], std::slice::from_ref(&state.chain));
             self.vring.count_error();
             log::warn!(
                 "queue {}: a request was dropped without complete(); it was answered with {} bytes",

@@ -655,7 +655,7 @@ fn echo(vring: &Vring) {
             bytes.reverse();
             // SAFETY: as above.
             let written = unsafe { chain.write(0, &bytes) } as u32;
-            vring.complete(&run, &[Used { head: chain.head(), written }]);
+            vring.complete(&run, &[Used { head: chain.head(), written }], &[chain]);
         }
     }
 }

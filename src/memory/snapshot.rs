@@ -323,6 +323,12 @@ impl Snapshot {
         })
     }
 
+    /// The guest address of a byte of this snapshot.
+    #[must_use]
+    pub fn guest_address(&self, pointer: NonNull<u8>) -> Option<u64> {
+        self.regions.iter().find_map(|region| Some(region.start() + region.offset_of(pointer)?))
+    }
+
     /// The guest addresses that exist, for errors.
     #[must_use]
     pub fn describe(&self) -> String {

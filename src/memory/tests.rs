@@ -1,6 +1,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use proptest::prelude::{any, prop_assert_eq, proptest};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
@@ -224,4 +225,72 @@ fn what_is_mapped_to_memory_that_goes_away_is_missed() {
     assert_eq!(resolved(&without, 0xa000, 0x10, Access::Read), Ok(vec![0x10]));
     let missed = Unmapped::Miss { iova: 0xb000, access: Access::Read };
     assert_eq!(resolved(&without, 0xb000, 0x10, Access::Read), Err(Untranslated::Iommu(missed)));
+}
+
+fn bits(file: &OwnedFd, offset: u64, bytes: usize) -> Vec<u64> {
+    let mut log = vec![0; bytes];
+    rustix::io::pread(file, &mut log, offset).unwrap();
+    (0..bytes as u64 * 8).filter(|page| log[(page / 8) as usize] & 1 << (page % 8) != 0).collect()
+}
+
+proptest! {
+    #[test]
+    fn the_log_has_a_mark_for_each_page_that_a_range_touches_and_for_no_other(
+        ranges in proptest::collection::vec((0u64..0x60_000, 0u64..0x9000), 1..6), size in 1u64..12, offset in 0u64..5000,
+    ) {
+        let file = file(offset + size + 8);
+        let log = DirtyLog::map(protocol::Log { size, offset }, &file).unwrap();
+        let touched = |page: u64| ranges.iter().any(|(start, length)| {
+            *length > 0 && start / PAGE_SIZE <= page && page <= (start + length - 1) / PAGE_SIZE
+        });
+        for (start, length) in &ranges {
+            log.mark(*start, *length);
+        }
+        let expected: Vec<u64> = (0..size * 8).filter(|page| touched(*page)).collect();
+        prop_assert_eq!(bits(&file, offset, size as usize + 8), expected);
+        prop_assert_eq!(log.complaint().is_some(), (size * 8..0x100).any(touched));
+        prop_assert_eq!(log.complaint(), None);
+    }
+
+    #[test]
+    fn a_range_anywhere_in_the_address_space_leaves_the_bytes_behind_the_log_alone(
+        start in any::<u64>(), length in any::<u64>(),
+    ) {
+        let file = file(PAGE_SIZE);
+        DirtyLog::map(protocol::Log { size: 1, offset: 0 }, &file).unwrap().mark(start, length);
+        prop_assert_eq!(bits(&file, 1, PAGE_SIZE as usize - 1), Vec::<u64>::new());
+    }
+}
+
+#[test]
+fn no_mark_is_lost_to_a_front_end_that_clears_the_log_meanwhile() {
+    let file = file(PAGE_SIZE);
+    let log = DirtyLog::map(protocol::Log { size: 1, offset: 0 }, &file).unwrap();
+    let theirs = Mapping::new(&file, 0, 1, "the same log").unwrap();
+    std::thread::scope(|scope| {
+        // Each marks the pages of one bit, over and over; every mark is seen by one look.
+        let marker = scope.spawn(|| (0..100_000u64).for_each(|round| log.mark(round % 8 * PAGE_SIZE, 1)));
+        let mut seen = 0;
+        // SAFETY: the byte is in the mapping, which outlives this; the other side uses it as an atomic as well.
+        let byte = unsafe { std::sync::atomic::AtomicU8::from_ptr(theirs.start().as_ptr()) };
+        while !marker.is_finished() {
+            seen |= byte.swap(0, std::sync::atomic::Ordering::AcqRel);
+        }
+        assert_eq!(seen | byte.load(std::sync::atomic::Ordering::Acquire), 0xff);
+    });
+}
+
+#[test]
+fn a_pointer_is_translated_back_to_its_guest_address() {
+    let snapshot = Snapshot::from_table(
+        &[region(0x1000, 0x1000, 0x40), region(0x10_0000, 0x2000, 0)],
+        &[file(0x2000), file(0x2000)],
+    )
+    .unwrap();
+    for address in [0x1000, 0x1fff, 0x10_0000, 0x10_1fff] {
+        let mut back = None;
+        snapshot.pieces(address, 1, |segment| back = snapshot.guest_address(segment.pointer)).unwrap();
+        assert_eq!(back, Some(address));
+    }
+    assert_eq!(snapshot.guest_address(std::ptr::NonNull::dangling()), None);
 }

@@ -136,6 +136,17 @@ pub struct VringAddress {
     pub avail: u64,
     pub log: u64,
 }
+
+impl VringAddress {
+    /// The flag for writes to the used ring, of which byte `k` is logged as guest address `log + k`.
+    pub const LOG_USED: u32 = 1;
+
+    /// Where writes to the used ring are to be logged, if they are.
+    #[must_use]
+    pub fn used_log(&self) -> Option<u64> {
+        (self.flags & Self::LOG_USED != 0).then_some(self.log)
+    }
+}
 fixed_payload!(VringAddress, 40, fields!(VringAddress: index, flags, descriptors, used, avail, log), queue: |address| address.index);
 
 /// The body of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.

@@ -14,7 +14,7 @@ mod walk;
 pub use chain::{Chain, Used};
 pub use driver::{Element, Indirect, SplitDriver};
 pub use inflight::{Format, InflightBuffer, InflightSlot};
-pub use ring::{Ring, RingAddresses, RingLimits, RingOptions, RingPointers};
+pub use ring::{Ring, RingAddresses, RingLimits, RingOptions, RingPointers, Written};
 pub use split::SplitRing;
 
 /// The largest ring that a front-end may ask for. Virtio 1.3, section 2.7.

@@ -39,6 +39,9 @@ pub trait Ring: Debug + Send + Sized {
     /// Descriptors.
     fn size(&self) -> u16;
 
+    /// The guest address of the descriptors.
+    fn descriptors(&self) -> Option<u64>;
+
     /// Where the ring would go on if it stopped now, as in GET_VRING_BASE. Chains that are to be taken again, and are
     /// not where the driver's side of the ring has them, stay in the in-flight record.
     fn base(&self) -> u32;
@@ -65,6 +68,17 @@ pub trait Ring: Debug + Send + Sized {
     /// Show the driver every used entry that was filled. Returns whether it wants to be notified.
     #[must_use]
     fn publish(&mut self) -> bool;
+
+    /// What the next [`publish`](Self::publish) shows, for a log of what was written. Too much is better than too little.
+    fn unpublished(&self) -> [Written; 3] {
+        let size = u64::from(self.size());
+        [Written::Descriptors(0, DESCRIPTOR_SIZE * size), Written::Used(0, 6 + 8 * size), Written::Used(0, 0)]
+    }
+
+    /// Where [`disable_kicks`](Self::disable_kicks) and [`enable_kicks`](Self::enable_kicks) write, likewise.
+    fn kick_suppression(&self) -> Written {
+        Written::Used(0, 6 + 8 * u64::from(self.size()))
+    }
 
     /// Ask the driver not to kick: the ring is being looked at anyway.
     fn disable_kicks(&mut self);
@@ -104,6 +118,15 @@ impl RingAddresses {
         let mut parts = addresses.into_iter().zip(part_lengths(size, options));
         parts.any(|(address, length)| IovaRange::new(address, length).is_none_or(|part| part.overlaps(range)))
     }
+}
+
+/// A piece of a ring that the device has written to: an offset and a length in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// In the part that SET_VRING_ADDR calls the used ring.
+    Used(u64, u64),
+    /// In the descriptors, where the device of a packed ring answers.
+    Descriptors(u64, u64),
 }
 
 /// What driver and device agreed on for a ring.

@@ -11,7 +11,7 @@ use super::chain::{Chain, Used};
 use super::crash;
 use super::inflight::{InflightSlot, SplitRecord};
 use super::ring::{
-    Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, needs_event,
+    Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, Written, needs_event,
 };
 use super::walk::{Walk, words};
 use crate::error::RingError;
@@ -124,6 +124,10 @@ impl Ring for SplitRing {
         self.size
     }
 
+    fn descriptors(&self) -> Option<u64> {
+        self.walk.snapshot.guest_address(self.parts.descriptors.cast())
+    }
+
     fn base(&self) -> u32 {
         let Some(recorded) = &self.record else { return self.next_avail.into() };
         let base = self.next_avail.wrapping_sub(recorded.resubmit.len() as u16);
@@ -233,6 +237,22 @@ impl Ring for SplitRing {
         } else {
             u16::from_le(self.avail_flags().load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
         }
+    }
+
+    fn unpublished(&self) -> [Written; 3] {
+        let count = u64::from(self.next_used.wrapping_sub(self.published));
+        if count == 0 {
+            return [Written::Used(0, 0); 3];
+        }
+        let size = u64::from(self.size);
+        let first = u64::from(self.published & (self.size - 1));
+        let before_end = count.min(size - first);
+        let after = (count - before_end).min(size);
+        [Written::Used(0, 4), Written::Used(4 + 8 * first, 8 * before_end), Written::Used(4, 8 * after)]
+    }
+
+    fn kick_suppression(&self) -> Written {
+        if self.options.event_idx { Written::Used(4 + 8 * u64::from(self.size), 2) } else { Written::Used(0, 2) }
     }
 
     fn disable_kicks(&mut self) {
