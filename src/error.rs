@@ -97,7 +97,15 @@ pub enum RingError {
     #[error("the chain at descriptor {head} holds {bytes} bytes or more; the queue takes {limit}")]
     ChainTooLarge { head: u16, bytes: u64, limit: u32 },
 
-    #[error("a split ring has a power of two of entries up to 32768, not {size}")]
+    #[error(
+        "the chain at descriptor {descriptor} has the buffer id {id}; ids are less than {size}, as many as entries"
+    )]
+    IdOutOfRange { descriptor: u16, id: u16, size: u16 },
+
+    #[error("the chain at descriptor {descriptor} has the buffer id {id}, which another chain in flight has")]
+    IdInFlight { descriptor: u16, id: u16 },
+
+    #[error("a ring cannot have {size} entries: a split one has a power of two up to 32768, a packed one 1 to 32768")]
     ImpossibleSize { size: u16 },
 
     #[error("the ring of {size} entries cannot start at base {base:#x}")]
@@ -114,6 +122,9 @@ pub enum RingError {
 
     #[error("the used index went from {from} to {to}, but the device has {outstanding} chains")]
     UsedIndexJump { from: u16, to: u16, outstanding: u16 },
+
+    #[error("the used ring gives back {batch} chains by returning descriptor {head}, but its index tells of {done}")]
+    UsedBatch { head: u16, batch: u16, done: u16 },
 
     #[error("the used ring returns descriptor {head}, where no chain begins that the device has")]
     UsedNotSubmitted { head: u32 },

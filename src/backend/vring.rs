@@ -15,7 +15,9 @@ use super::notification::{Call, Kick, Kicked};
 use super::translation::Translation;
 use crate::error::RingError;
 use crate::memory::{DirtyLog, IovaRange, Snapshot};
-use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used, Written};
+use crate::virtqueue::{
+    Chain, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used, Written,
+};
 
 /// Counters of one queue, since the device was made.
 #[derive(Debug, Default)]
@@ -82,6 +84,7 @@ enum State {
 #[derive(Debug)]
 enum AnyRing {
     Split(Box<SplitRing>),
+    Packed(Box<PackedRing>),
 }
 
 /// Work on a ring in either format: the one place where they part, once per batch.
@@ -89,6 +92,7 @@ macro_rules! on_ring {
     ($ring:expr, $name:ident => $work:expr) => {
         match $ring {
             AnyRing::Split($name) => $work,
+            AnyRing::Packed($name) => $work,
         }
     };
 }
@@ -406,11 +410,15 @@ impl Vring {
         let mut inner = self.lock();
         inner.refuse_if_active()?;
         let max = inner.max_size;
+        let packed = inner.options.packed;
         match u16::try_from(size) {
-            Ok(size) if size.is_power_of_two() && size <= max => {
+            Ok(size) if (size.is_power_of_two() || packed && size > 0) && size <= max => {
                 inner.size = Some(size);
                 self.stop_here(&mut inner);
                 Ok(())
+            }
+            _ if packed => {
+                Err(format!("queue {} asked for {size} entries; a packed ring needs 1 to {max}", self.index))
             }
             _ => Err(format!(
                 "queue {} asked for {size} entries; a split ring needs a power of two up to {max}",
@@ -845,7 +853,11 @@ impl AnyRing {
         snapshot: &Arc<Snapshot>,
     ) -> Result<Self, RingError> {
         let snapshot = Arc::clone(snapshot);
-        Ok(Self::Split(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?)))
+        Ok(if options.packed {
+            Self::Packed(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
+        } else {
+            Self::Split(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
+        })
     }
 
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {

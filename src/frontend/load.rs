@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::queue::place;
+use super::queue::{AnyDriver, on_driver, place};
 use super::{Allocation, Memory, Queue};
 use crate::error::{Error, RingError};
-use crate::virtqueue::{Element, Indirect, SplitDriver};
+use crate::virtqueue::{Driver, Element, Indirect};
 
 /// How often a load looks whether it is to stop.
 const SLICE: Duration = Duration::from_millis(50);
@@ -170,7 +170,7 @@ impl<'a> Job<'a> {
             if options.poll {
                 ring.disable_calls();
             }
-            (0..self.slots.len()).try_for_each(|slot| self.submit(ring, slot, begin))?;
+            on_driver!(ring, ring => (0..self.slots.len()).try_for_each(|slot| self.submit(ring, slot, begin)))?;
             Ok(ring.publish())
         })?;
         if kick {
@@ -180,7 +180,7 @@ impl<'a> Job<'a> {
         let (mut over, mut last, mut looked) = (false, begin, begin);
         while under_way > 0 {
             let (came, now, kick) = queue.with_ring(|ring| {
-                let (came, now) = self.turn(ring, over)?;
+                let (came, now) = on_driver!(ring, ring => self.turn(ring, over))?;
                 Ok((came, now, ring.publish()))
             })?;
             if kick {
@@ -223,7 +223,7 @@ impl<'a> Job<'a> {
 
     /// Take what the device has completed, and submit as many requests again unless it is `over`. Returns how many those
     /// are, and when it saw the first.
-    fn turn(&mut self, ring: &mut SplitDriver, over: bool) -> Result<(usize, Instant), RingError> {
+    fn turn(&mut self, ring: &mut impl Driver, over: bool) -> Result<(usize, Instant), RingError> {
         let mut seen = None;
         let mut came = 0;
         while let Some(used) = ring.pop()? {
@@ -257,7 +257,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn submit(&mut self, ring: &mut SplitDriver, at: usize, now: Instant) -> Result<(), RingError> {
+    fn submit(&mut self, ring: &mut impl Driver, at: usize, now: Instant) -> Result<(), RingError> {
         let slot = &mut self.slots[at];
         if let Some(walk) = &mut self.walk {
             let (reads, sector) = walk.step();

@@ -11,8 +11,11 @@ use rustix::io::{read, write};
 use super::memory::Allocation;
 use super::{Frontend, Memory, lock};
 use crate::error::{Error, RingError};
+use crate::memory::Snapshot;
 use crate::protocol::{FrontendMessage, VirtioFeatures, VringAddress, VringDescriptor, VringState};
-use crate::virtqueue::{Element, Indirect, MAX_QUEUE_SIZE, RingAddresses, RingOptions, SplitDriver};
+use crate::virtqueue::{
+    Driver, Element, Indirect, MAX_QUEUE_SIZE, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
+};
 
 /// Parts of a request begin at multiples of their size, as far as somebody might care: a page, for direct I/O.
 const MAX_ALIGNMENT: usize = 4096;
@@ -20,13 +23,31 @@ const MIN_ALIGNMENT: usize = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueOptions {
-    /// Descriptors: a power of two up to 32768.
+    /// Descriptors: a power of two up to 32768; with RING_PACKED any number up to that.
     pub size: u16,
     /// Where to start: the word of SET_VRING_BASE.
     pub base: u32,
     /// Put requests of several parts into indirect tables, if that was negotiated.
     pub indirect: bool,
 }
+
+/// A ring in the format that was negotiated.
+#[derive(Debug)]
+pub(super) enum AnyDriver {
+    Split(SplitDriver),
+    Packed(PackedDriver),
+}
+
+/// Work on a ring in either format.
+macro_rules! on_driver {
+    ($driver:expr, $name:ident => $work:expr) => {
+        match $driver {
+            AnyDriver::Split($name) => $work,
+            AnyDriver::Packed($name) => $work,
+        }
+    };
+}
+pub(super) use on_driver;
 
 /// A request that the device is done with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +79,7 @@ pub struct Queue {
 
 #[derive(Debug)]
 struct State {
-    ring: SplitDriver,
+    ring: AnyDriver,
     /// Where the ring is.
     _memory: Allocation,
     /// By the descriptor that the chain begins with.
@@ -86,11 +107,6 @@ impl Queue {
     /// Make a queue in `memory`, which has to be shared before [`start`](Self::start).
     pub fn new(frontend: Arc<Frontend>, memory: Arc<Memory>, index: u8, options: QueueOptions) -> Result<Self, Error> {
         let QueueOptions { size, base, indirect } = options;
-        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
-            return Err(Error::State(format!(
-                "queue {index} cannot have {size} entries; a split ring needs a power of two up to {MAX_QUEUE_SIZE}"
-            )));
-        }
         let features = frontend.features();
         let ring_options = RingOptions {
             packed: features.contains(VirtioFeatures::RING_PACKED),
@@ -98,13 +114,24 @@ impl Queue {
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
         };
+        if size == 0 || size > MAX_QUEUE_SIZE || !size.is_power_of_two() && !ring_options.packed {
+            let wants = if ring_options.packed { "packed ring needs 1" } else { "split ring needs a power of two up" };
+            return Err(Error::State(format!(
+                "queue {index} cannot have {size} entries; a {wants} to {MAX_QUEUE_SIZE}"
+            )));
+        }
         let entries = u64::from(size);
         let avail = 16 * entries;
-        let used = (avail + 6 + 2 * entries).next_multiple_of(4);
-        let ring_memory = memory.allocate(used + 6 + 8 * entries, MAX_ALIGNMENT as u64)?;
+        let (used, end) = if ring_options.packed {
+            (avail + 4, avail + 8)
+        } else {
+            let used = (avail + 6 + 2 * entries).next_multiple_of(4);
+            (used, used + 6 + 8 * entries)
+        };
+        let ring_memory = memory.allocate(end, MAX_ALIGNMENT as u64)?;
         let start = Memory::user_address(ring_memory.address());
         let addresses = RingAddresses { descriptors: start, avail: start + avail, used: start + used };
-        let ring = SplitDriver::new(addresses, size, base, ring_options, memory.snapshot().clone())
+        let ring = AnyDriver::new(addresses, size, base, ring_options, memory.snapshot().clone())
             .map_err(|reason| Error::Ring { queue: index.into(), reason })?;
         let event =
             || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::os("making an eventfd"));
@@ -250,7 +277,7 @@ impl Queue {
     }
 
     /// Work on the ring itself, for those who keep account of their requests: such a queue is not submitted to.
-    pub(super) fn with_ring<T>(&self, work: impl FnOnce(&mut SplitDriver) -> Result<T, RingError>) -> Result<T, Error> {
+    pub(super) fn with_ring<T>(&self, work: impl FnOnce(&mut AnyDriver) -> Result<T, RingError>) -> Result<T, Error> {
         self.on_ring(&mut lock(&self.state), work)
     }
 
@@ -344,7 +371,7 @@ impl Queue {
     /// Take over what the device gave back.
     fn look(&self, state: &mut State) -> Result<(), Error> {
         loop {
-            let Some(used) = self.on_ring(state, SplitDriver::pop)? else { return Ok(()) };
+            let Some(used) = self.on_ring(state, AnyDriver::pop)? else { return Ok(()) };
             let request = &mut state.requests[usize::from(used.head)];
             let mut data = Vec::with_capacity(used.written as usize);
             if let Some(buffer) = request.buffer.take() {
@@ -374,7 +401,7 @@ impl Queue {
     fn on_ring<T>(
         &self,
         state: &mut State,
-        work: impl FnOnce(&mut SplitDriver) -> Result<T, RingError>,
+        work: impl FnOnce(&mut AnyDriver) -> Result<T, RingError>,
     ) -> Result<T, Error> {
         let result = match &state.broken {
             Some(reason) => Err(reason.clone()),
@@ -436,6 +463,58 @@ impl Queue {
 
     fn late(&self) -> Error {
         Error::Timeout(format!("queue {}: the device did not complete the request in time", self.index))
+    }
+}
+
+impl AnyDriver {
+    fn new(
+        addresses: RingAddresses,
+        size: u16,
+        base: u32,
+        options: RingOptions,
+        snapshot: Arc<Snapshot>,
+    ) -> Result<Self, RingError> {
+        Ok(if options.packed {
+            Self::Packed(PackedDriver::new(addresses, size, base, options, snapshot)?)
+        } else {
+            Self::Split(SplitDriver::new(addresses, size, base, options, snapshot)?)
+        })
+    }
+
+    fn size(&self) -> u16 {
+        on_driver!(self, ring => ring.size())
+    }
+
+    fn free(&self) -> u16 {
+        on_driver!(self, ring => ring.free())
+    }
+
+    fn outstanding(&self) -> u16 {
+        on_driver!(self, ring => ring.outstanding())
+    }
+
+    fn base(&self) -> u32 {
+        on_driver!(self, ring => ring.base())
+    }
+
+    fn add(&mut self, elements: &[Element], indirect: Option<Indirect>) -> Result<u16, RingError> {
+        on_driver!(self, ring => ring.add(elements, indirect))
+    }
+
+    pub(super) fn publish(&mut self) -> bool {
+        on_driver!(self, ring => ring.publish())
+    }
+
+    fn pop(&mut self) -> Result<Option<Used>, RingError> {
+        on_driver!(self, ring => ring.pop())
+    }
+
+    pub(super) fn disable_calls(&mut self) {
+        on_driver!(self, ring => ring.disable_calls());
+    }
+
+    fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
+        on_driver!(self, ring => ring.enable_calls(count))
     }
 }
 

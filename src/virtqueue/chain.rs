@@ -111,6 +111,11 @@ impl Chain {
         self.resubmitted = false;
     }
 
+    /// The index by which the driver knows the chain, where that is the last that is known.
+    pub(super) fn set_head(&mut self, head: u16) {
+        self.head = head;
+    }
+
     /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
     pub(super) fn may_go_on(&mut self, writable: bool) -> bool {
         self.writing |= writable;

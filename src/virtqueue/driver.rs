@@ -1,23 +1,63 @@
-//! The split ring, driver side.
+//! What the two ring formats have in common on the driver's side.
 //!
-//! Owns: which descriptors are free, which chains the device has, what it gave back.
-//! Nothing that the device can write is trusted: the lists are kept in private memory, and what comes out of the used
-//! ring is checked against them. Virtio 1.3, section 2.7.
+//! Nothing that the device can write is trusted: what it gives back is checked against what was submitted, which is kept
+//! in private memory.
 
+use std::fmt::Debug;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::Used;
-use super::ring::{Descriptor, INDIRECT, NEXT, Parts, RingAddresses, RingOptions, WRITE, needs_event};
-use super::split::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
+use super::ring::{Descriptor, INDIRECT, RingAddresses, RingOptions, WRITE};
 use super::walk::untranslated;
 use crate::error::RingError;
-use crate::memory::{Access, Snapshot, access};
+use crate::memory::{Access, Segment, Snapshot, access};
 
-/// Where the flags and the index are in the available ring and in the used ring, in words of 16 bits.
-const FLAGS: usize = 0;
-const INDEX: usize = 1;
-const ENTRIES: usize = 2;
+/// The driver's end of a ring, in either format.
+pub trait Driver: Debug + Send {
+    /// Lay out an empty ring, which the device is to start at `base`, the word of SET_VRING_BASE.
+    fn new(
+        addresses: RingAddresses,
+        size: u16,
+        base: u32,
+        options: RingOptions,
+        snapshot: Arc<Snapshot>,
+    ) -> Result<Self, RingError>
+    where
+        Self: Sized;
+
+    fn size(&self) -> u16;
+
+    /// Descriptors that the next chain may have.
+    fn free(&self) -> u16;
+
+    /// Chains that the device was shown and has not given back, as far as we looked.
+    fn outstanding(&self) -> u16;
+
+    /// Where a device has to start that is to take every chain it has not given back. Of a packed ring that is so only
+    /// if those that it gave back are the oldest.
+    fn base(&self) -> u32;
+
+    /// Put a chain together. The device sees it after [`publish`](Self::publish), and gives it back by the number
+    /// returned here, which is less than the ring's size. Elements may be in any order: what the specification forbids
+    /// is the device's to refuse.
+    fn add(&mut self, elements: &[Element], indirect: Option<Indirect>) -> Result<u16, RingError>;
+
+    /// Show the device every chain that was added. Returns whether it wants to be kicked.
+    #[must_use]
+    fn publish(&mut self) -> bool;
+
+    /// Take the next chain that the device gave back. After an error the device cannot be trusted with this ring.
+    ///
+    /// With IN_ORDER it need not say how many bytes it wrote to any but the last of several: those count as full.
+    fn pop(&mut self) -> Result<Option<Used>, RingError>;
+
+    /// Ask the device not to notify: the ring is being looked at anyway.
+    fn disable_calls(&mut self);
+
+    /// Ask the device to notify when it has given back `count` more chains, or sooner if they have more than one
+    /// descriptor in a packed ring; without EVENT_IDX, at the next one. Returns whether one was given back already.
+    fn enable_calls(&mut self, count: u16) -> Result<bool, RingError>;
+}
 
 /// One buffer of a chain, by the address that the device gets: its guest address, or with an IOMMU its I/O address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,288 +76,34 @@ pub struct Indirect {
     pub direct: usize,
 }
 
-/// What we remember of a descriptor, whatever the device does to the one in shared memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    /// The next descriptor of the chain, or of the free list.
-    next: u16,
-    /// Of the first descriptor of a chain: how many there are. 0 where no chain begins.
-    descriptors: u16,
-    /// Likewise, the last one, the available index it was added at, and how many bytes the device may write.
-    last: u16,
-    added_at: u16,
-    writable: u64,
-}
-
-/// The driver's end of a split ring.
-#[derive(Debug)]
-pub struct SplitDriver {
-    parts: Parts,
-    size: u16,
-    event_idx: bool,
-    snapshot: Arc<Snapshot>,
-
-    slots: Box<[Slot]>,
-    first_free: u16,
-    free: u16,
-    /// The entry to fill next, and how many of the filled ones the device can see.
-    next_avail: u16,
-    published: u16,
-    /// The entry to look at next.
-    next_used: u16,
-    /// Indirect tables are put together here.
-    table: Vec<u8>,
-}
-
-// SAFETY: the pointers are into shared memory that `snapshot` keeps mapped, and every method that changes anything there
-// takes `&mut self`.
-unsafe impl Send for SplitDriver {}
-
-impl SplitDriver {
-    /// Lay out an empty ring, which the device is to start at available index `base`.
-    ///
-    /// `size` must be a power of two up to [`super::MAX_QUEUE_SIZE`].
-    pub fn new(
-        addresses: RingAddresses,
-        size: u16,
-        base: u32,
-        options: RingOptions,
-        snapshot: Arc<Snapshot>,
-    ) -> Result<Self, RingError> {
-        let base = u16::try_from(base).map_err(|_| RingError::ImpossibleBase { base, size })?;
-        debug_assert!(size.is_power_of_two() && size <= super::MAX_QUEUE_SIZE);
-        let ring = Self {
-            parts: Parts::resolve(addresses, size, &snapshot, options)?,
-            size,
-            event_idx: options.event_idx,
-            snapshot,
-            slots: (0..size).map(|index| Slot { next: index.wrapping_add(1), ..Slot::default() }).collect(),
-            first_free: 0,
-            free: size,
-            next_avail: base,
-            published: base,
-            next_used: base,
-            table: Vec::new(),
-        };
-        for part in [Self::avail, Self::used] {
-            part(&ring, FLAGS).store(0, Ordering::Relaxed);
-            part(&ring, INDEX).store(base.to_le(), Ordering::Relaxed);
-        }
-        if ring.event_idx {
-            // Both sides want to hear of the first entry.
-            ring.used_event().store(base.to_le(), Ordering::Relaxed);
-            ring.avail_event().store(base.to_le(), Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-        Ok(ring)
-    }
-
-    #[must_use]
-    pub fn size(&self) -> u16 {
-        self.size
-    }
-
-    /// Descriptors that the next chain may have.
-    #[must_use]
-    pub fn free(&self) -> u16 {
-        self.free
-    }
-
-    /// Chains that the device was shown and has not given back, as far as we looked.
-    #[must_use]
-    pub fn outstanding(&self) -> u16 {
-        self.published.wrapping_sub(self.next_used)
-    }
-
-    /// Where a device has to start that is to take every chain it has not given back: the used index.
-    #[must_use]
-    pub fn base(&self) -> u32 {
-        u16::from_le(self.used(INDEX).load(Ordering::Acquire)).into()
-    }
-
-    /// Put a chain together. The device sees it after [`publish`](Self::publish), and gives it back by the index
-    /// returned here. Elements may be in any order: what the specification forbids is the device's to refuse.
-    pub fn add(&mut self, elements: &[Element], indirect: Option<Indirect>) -> Result<u16, RingError> {
-        let (direct, inner) = elements.split_at(indirect.map_or(elements.len(), |indirect| indirect.direct));
-        let needed = direct.len() + usize::from(indirect.is_some());
-        assert!(needed > 0, "a chain has at least one element");
-        if needed > usize::from(self.free) {
-            return Err(RingError::NoRoom { needed, free: self.free });
-        }
-        let continuation = match indirect {
-            Some(Indirect { table, .. }) => Some(self.write_table(table, inner)?),
-            None => None,
-        };
-        let head = self.first_free;
-        let mut last = head;
-        for (at, mut descriptor) in direct.iter().map(Element::descriptor).chain(continuation).enumerate() {
-            last = self.first_free;
-            self.first_free = self.slots[usize::from(last)].next;
-            if at + 1 < needed {
-                descriptor.flags |= NEXT;
-                descriptor.link = self.first_free;
-            }
-            let words = descriptor.to_words();
-            // SAFETY: `last` came from the free list, so it is less than `size`, and the table was resolved over `size`
-            // entries of 16 bytes. The device does not look at an entry before a chain is published that contains it.
-            unsafe {
-                let entry = self.parts.descriptors.add(2 * usize::from(last));
-                entry.write_volatile(words[0]);
-                entry.add(1).write_volatile(words[1]);
-            }
-        }
-        let writable =
-            elements.iter().filter(|element| element.writable).map(|element| u64::from(element.length)).sum();
-        let descriptors = needed as u16;
-        self.free -= descriptors;
-        let slot = &mut self.slots[usize::from(head)];
-        *slot = Slot { next: slot.next, descriptors, last, added_at: self.next_avail, writable };
-
-        let entry = ENTRIES + usize::from(self.next_avail & (self.size - 1));
-        self.avail(entry).store(head.to_le(), Ordering::Relaxed);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(head)
-    }
-
-    /// Show the device every chain that was added. Returns whether it wants to be kicked.
-    #[must_use]
-    pub fn publish(&mut self) -> bool {
-        if self.published == self.next_avail {
-            return false;
-        }
-        let before = std::mem::replace(&mut self.published, self.next_avail);
-        self.avail(INDEX).store(self.next_avail.to_le(), Ordering::Release);
-        // The device may be about to sleep: it must see the index, or we must see that it wants a kick.
-        fence(Ordering::SeqCst);
-        if self.event_idx {
-            needs_event(u16::from_le(self.avail_event().load(Ordering::Relaxed)), self.next_avail, before)
-        } else {
-            u16::from_le(self.used(FLAGS).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
-        }
-    }
-
-    /// Take the next chain that the device gave back. After an error the device cannot be trusted with this ring.
-    pub fn pop(&mut self) -> Result<Option<Used>, RingError> {
-        if self.done()? == 0 {
-            return Ok(None);
-        }
-        let at = ENTRIES + 4 * usize::from(self.next_used & (self.size - 1));
-        // SAFETY: the used ring was resolved over `size` entries of 8 bytes after its 4-byte head, and is aligned to 4.
-        // The device may write concurrently: hence volatile copies, used alone.
-        let (id, written) = unsafe {
-            let entry = self.parts.used.add(at).cast::<u32>();
-            (u32::from_le(entry.read_volatile()), u32::from_le(entry.add(1).read_volatile()))
-        };
-        let unpublished = self.next_avail.wrapping_sub(self.published);
-        let Some((head, slot)) = u16::try_from(id).ok().and_then(|head| {
-            let slot = self.slots.get_mut(usize::from(head))?;
-            let shown = self.next_avail.wrapping_sub(slot.added_at) > unpublished;
-            (slot.descriptors > 0 && shown).then_some((head, slot))
-        }) else {
-            return Err(RingError::UsedNotSubmitted { head: id });
-        };
-        if u64::from(written) > slot.writable {
-            return Err(RingError::UsedTooLong { head, written, writable: slot.writable });
-        }
-        self.free += std::mem::take(&mut slot.descriptors);
-        let last = slot.last;
-        self.slots[usize::from(last)].next = std::mem::replace(&mut self.first_free, head);
-        self.next_used = self.next_used.wrapping_add(1);
-        Ok(Some(Used { head, written }))
-    }
-
-    /// Ask the device not to notify: the ring is being looked at anyway.
-    pub fn disable_calls(&mut self) {
-        // With EVENT_IDX the event index of the past does that by itself.
-        if !self.event_idx {
-            self.avail(FLAGS).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
-        }
-    }
-
-    /// Ask the device to notify when it has given back `count` more chains; without EVENT_IDX, at the next one. Returns
-    /// whether one was given back already.
-    pub fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
-        if self.event_idx {
-            let event = self.next_used.wrapping_add(count.saturating_sub(1));
-            self.used_event().store(event.to_le(), Ordering::Relaxed);
-        } else {
-            self.avail(FLAGS).store(0, Ordering::Relaxed);
-        }
-        // Either the device sees the request, or we see its entry.
-        fence(Ordering::SeqCst);
-        Ok(self.done()? > 0)
-    }
-
-    /// How many chains were given back that were not taken yet.
-    fn done(&self) -> Result<u16, RingError> {
-        let to = u16::from_le(self.used(INDEX).load(Ordering::Acquire));
-        let done = to.wrapping_sub(self.next_used);
-        if done > self.outstanding() {
-            return Err(RingError::UsedIndexJump { from: self.next_used, to, outstanding: self.outstanding() });
-        }
-        Ok(done)
-    }
-
-    /// Write `elements` as an indirect table, and return the descriptor that points to it.
-    fn write_table(&mut self, address: u64, elements: &[Element]) -> Result<Descriptor, RingError> {
-        self.table.clear();
-        for (at, element) in elements.iter().enumerate() {
-            let mut descriptor = element.descriptor();
-            if at + 1 < elements.len() {
-                descriptor.flags |= NEXT;
-                descriptor.link = (at + 1) as u16;
-            }
-            self.table.extend(descriptor.to_words().into_iter().flat_map(u64::to_ne_bytes));
-        }
-        let length = self.table.len();
-        let mut written = 0;
-        let write = |segment: crate::memory::Segment| {
-            // SAFETY: the segment was translated just now, and `self.snapshot` keeps it mapped.
-            unsafe { access::write(segment.pointer.as_ptr(), &self.table[written..written + segment.length]) };
-            written += segment.length;
-        };
-        self.snapshot
-            .resolve(address, length as u64, Access::Read, write)
-            .map_err(|reason| untranslated(reason, &self.snapshot, self.first_free, address, length as u32))?;
-        Ok(Descriptor { address, length: length as u32, flags: INDIRECT, link: 0 })
-    }
-
-    /// Word `at` of the available ring, which has its flags, its index, its entries and `used_event`.
-    fn avail(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at < ENTRIES + usize::from(self.size) + usize::from(self.event_idx));
-        // SAFETY: the available ring was resolved over that many words, and is aligned to 2. Every caller keeps to them;
-        // concurrent access is what atomics are for.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.add(at).as_ptr()) }
-    }
-
-    /// Word `at` of the used ring, whose entries are four words long, and which ends with `avail_event`.
-    fn used(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at < ENTRIES + 4 * usize::from(self.size) + usize::from(self.event_idx));
-        // SAFETY: as in `avail`; the used ring is aligned to 4.
-        unsafe { AtomicU16::from_ptr(self.parts.used.add(at).as_ptr()) }
-    }
-
-    /// Exists with EVENT_IDX only.
-    fn used_event(&self) -> &AtomicU16 {
-        self.avail(ENTRIES + usize::from(self.size))
-    }
-
-    /// Likewise.
-    fn avail_event(&self) -> &AtomicU16 {
-        self.used(ENTRIES + 4 * usize::from(self.size))
-    }
-}
-
 impl Element {
-    fn descriptor(&self) -> Descriptor {
+    pub(super) fn descriptor(&self) -> Descriptor {
         let flags = if self.writable { WRITE } else { 0 };
         Descriptor { address: self.address, length: self.length, flags, link: 0 }
     }
 }
 
-impl Descriptor {
-    fn to_words(self) -> [u64; 2] {
-        let rest = u64::from(self.length) | u64::from(self.flags) << 32 | u64::from(self.link) << 48;
-        [self.address.to_le(), rest.to_le()]
-    }
+/// How many of the bytes of a chain the device may write.
+pub(super) fn writable(elements: &[Element]) -> u64 {
+    elements.iter().filter(|element| element.writable).map(|element| u64::from(element.length)).sum()
+}
+
+/// Write an indirect table, and return the descriptor that points to it. `descriptor` is where that will be, for errors.
+pub(super) fn write_table(
+    snapshot: &Snapshot,
+    address: u64,
+    table: &[u8],
+    descriptor: u16,
+) -> Result<Descriptor, RingError> {
+    let length = table.len();
+    let mut written = 0;
+    let write = |segment: Segment| {
+        // SAFETY: the segment was translated just now, and `snapshot` keeps it mapped.
+        unsafe { access::write(segment.pointer.as_ptr(), &table[written..written + segment.length]) };
+        written += segment.length;
+    };
+    snapshot
+        .resolve(address, length as u64, Access::Read, write)
+        .map_err(|reason| untranslated(reason, snapshot, descriptor, address, length as u32))?;
+    Ok(Descriptor { address, length: length as u32, flags: INDIRECT, link: 0 })
 }

@@ -14,7 +14,7 @@ use crate::memory::{Access, IovaRange, Snapshot, Unmapped, Untranslated};
 ///
 /// Code that works on a ring is generic over it, and the format is looked at once per batch. Every method that touches
 /// the ring takes `&mut self`: it is used by one thread at a time.
-pub trait Ring: Debug + Send + Sized {
+pub trait Ring: Debug + Send {
     /// Start where `base` says: the word of SET_VRING_BASE and GET_VRING_BASE.
     fn new(
         addresses: RingAddresses,
@@ -23,7 +23,9 @@ pub trait Ring: Debug + Send + Sized {
         options: RingOptions,
         limits: RingLimits,
         snapshot: Arc<Snapshot>,
-    ) -> Result<Self, RingError>;
+    ) -> Result<Self, RingError>
+    where
+        Self: Sized;
 
     /// The same ring over other memory, or an error that leaves it as it was.
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError>;

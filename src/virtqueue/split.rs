@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use super::chain::{Chain, Used};
 use super::crash;
 use super::inflight::{InflightSlot, SplitRecord};
+use super::order::Order;
 use super::ring::{
     Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, Written, needs_event,
 };
@@ -48,6 +49,7 @@ pub struct SplitRing {
     in_flight: u16,
     /// The chain that was taken last, while it may still be put back.
     last_taken: Option<u16>,
+    order: Option<Order>,
 
     /// What outlives this process of the above, if the front-end gave memory for it.
     record: Option<Box<Recorded>>,
@@ -94,6 +96,7 @@ impl Ring for SplitRing {
             decided: None,
             in_flight: 0,
             last_taken: None,
+            order: options.in_order.then(Order::default),
             record: None,
         };
         ring.next_used = u16::from_le(ring.used_index().load(Ordering::Relaxed));
@@ -147,7 +150,7 @@ impl Ring for SplitRing {
         let avail = u16::from_le(self.avail_index().load(Ordering::Acquire));
         let waiting = avail.wrapping_sub(self.next_avail);
         let again = self.resubmitting();
-        let free = self.size - self.in_flight - again;
+        let free = self.size - self.order.as_ref().map_or(self.in_flight, Order::waiting) - again;
         if waiting > free {
             return Err(RingError::IndexJump { from: self.next_avail, to: avail, free });
         }
@@ -175,8 +178,7 @@ impl Ring for SplitRing {
             recorded.last_was_one = false;
         }
         self.next_avail = self.next_avail.wrapping_add(1);
-        self.in_flight += 1;
-        self.last_taken = Some(head);
+        self.count_taken(head);
         Ok(true)
     }
 
@@ -185,6 +187,9 @@ impl Ring for SplitRing {
             return false;
         }
         self.in_flight -= 1;
+        if let Some(order) = &mut self.order {
+            order.put_back();
+        }
         if let Some(recorded) = &mut self.record {
             if recorded.last_was_one {
                 recorded.resubmit.push_front(head);
@@ -197,22 +202,15 @@ impl Ring for SplitRing {
     }
 
     fn push_used(&mut self, used: Used) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        // SAFETY: `slot < size`, and the used ring was resolved over `size` entries of 8 bytes after its 4-byte head.
-        // Its alignment of 4 makes the two stores aligned. The driver does not look before the index says so.
-        unsafe {
-            let entry = self.parts.used.add(2 + 4 * slot).cast::<u32>();
-            entry.write_volatile(u32::from(used.head).to_le());
-            crash::point();
-            entry.add(1).write_volatile(used.written.to_le());
-            crash::point();
-        }
-        if let Some(recorded) = &mut self.record {
-            recorded.record.completed(used.head);
-        }
-        self.next_used = self.next_used.wrapping_add(1);
         self.in_flight = self.in_flight.saturating_sub(1);
         self.last_taken.take_if(|last| *last == used.head);
+        match self.order.take() {
+            None => self.fill_used(used),
+            Some(mut order) => {
+                order.done(used, |used| self.fill_used(used));
+                self.order = Some(order);
+            }
+        }
     }
 
     fn publish(&mut self) -> bool {
@@ -301,9 +299,33 @@ impl SplitRing {
             recorded.resubmit.pop_front();
             recorded.last_was_one = true;
         }
+        self.count_taken(head);
+        Ok(())
+    }
+
+    fn count_taken(&mut self, head: u16) {
         self.in_flight += 1;
         self.last_taken = Some(head);
-        Ok(())
+        if let Some(order) = &mut self.order {
+            order.taken(head);
+        }
+    }
+
+    fn fill_used(&mut self, used: Used) {
+        let slot = usize::from(self.next_used & (self.size - 1));
+        // SAFETY: `slot < size`, and the used ring was resolved over `size` entries of 8 bytes after its 4-byte head.
+        // Its alignment of 4 makes the two stores aligned. The driver does not look before the index says so.
+        unsafe {
+            let entry = self.parts.used.add(2 + 4 * slot).cast::<u32>();
+            entry.write_volatile(u32::from(used.head).to_le());
+            crash::point();
+            entry.add(1).write_volatile(used.written.to_le());
+            crash::point();
+        }
+        if let Some(recorded) = &mut self.record {
+            recorded.record.completed(used.head);
+        }
+        self.next_used = self.next_used.wrapping_add(1);
     }
 
     /// Entry `index` of the available ring.

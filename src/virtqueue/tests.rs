@@ -1,5 +1,8 @@
 //! The device side against the driver side, over memory that both map, and against bytes that no driver would write.
 
+mod order;
+mod packed;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -36,6 +39,20 @@ const ADDRESSES: RingAddresses =
 const FLAGS_ONLY: RingOptions = RingOptions { packed: false, event_idx: false, indirect: true, in_order: false };
 const EVENT_IDX: RingOptions = RingOptions { event_idx: true, ..FLAGS_ONLY };
 
+/// The same options, in each format.
+fn formats(options: RingOptions) -> [RingOptions; 2] {
+    [false, true].map(|packed| RingOptions { packed, ..options })
+}
+
+/// The base of a ring of `size` after `chains` of one descriptor each.
+fn base_after(chains: u32, size: u16, options: RingOptions) -> u32 {
+    if !options.packed {
+        return chains & 0xffff;
+    }
+    let (round, slot) = (chains / u32::from(size), chains % u32::from(size));
+    0x1_0001 * (slot | if round % 2 == 0 { 0x8000 } else { 0 })
+}
+
 fn readable(address: u64, length: u32) -> Element {
     Element { address, length, writable: false }
 }
@@ -46,8 +63,9 @@ fn writable(address: u64, length: u32) -> Element {
 
 struct Rig {
     files: Vec<OwnedFd>,
-    driver: SplitDriver,
-    device: SplitRing,
+    options: RingOptions,
+    driver: Box<dyn Driver>,
+    device: Box<dyn Ring>,
     memory: Arc<Snapshot>,
 }
 
@@ -61,8 +79,31 @@ fn map(files: &[OwnedFd]) -> Arc<Snapshot> {
     Arc::new(Snapshot::from_table(&REGIONS.map(region), files).unwrap())
 }
 
+fn new_driver(size: u16, base: u32, options: RingOptions, memory: Arc<Snapshot>) -> Box<dyn Driver> {
+    if options.packed {
+        Box::new(PackedDriver::new(ADDRESSES, size, base, options, memory).unwrap())
+    } else {
+        Box::new(SplitDriver::new(ADDRESSES, size, base, options, memory).unwrap())
+    }
+}
+
+fn new_device(
+    addresses: RingAddresses,
+    size: u16,
+    base: u32,
+    options: RingOptions,
+    memory: Arc<Snapshot>,
+) -> Result<Box<dyn Ring>, RingError> {
+    Ok(if options.packed {
+        Box::new(PackedRing::new(addresses, size, base, options, RingLimits::default(), memory)?)
+    } else {
+        Box::new(SplitRing::new(addresses, size, base, options, RingLimits::default(), memory)?)
+    })
+}
+
 impl Rig {
-    fn new(size: u16, base: u32, options: RingOptions) -> Self {
+    /// A ring that has gone through `chains` of one descriptor each.
+    fn new(size: u16, chains: u32, options: RingOptions) -> Self {
         let files: Vec<_> = REGIONS
             .iter()
             .map(|(start, end)| {
@@ -72,9 +113,14 @@ impl Rig {
             })
             .collect();
         let memory = map(&files);
-        let driver = SplitDriver::new(ADDRESSES, size, base, options, memory.clone()).unwrap();
-        let device = SplitRing::new(ADDRESSES, size, base, options, RingLimits::default(), map(&files)).unwrap();
-        Self { files, driver, device, memory }
+        let base = base_after(chains, size, options);
+        let driver = new_driver(size, base, options, memory.clone());
+        let device = new_device(ADDRESSES, size, base, options, map(&files)).unwrap();
+        Self { files, options, driver, device, memory }
+    }
+
+    fn base(&self, chains: u32) -> u32 {
+        base_after(chains, self.device.size(), self.options)
     }
 
     fn poke(&self, address: u64, bytes: &[u8]) {
@@ -105,20 +151,31 @@ impl Rig {
         self.poke(table + 16 * u64::from(index), &bytes.concat());
     }
 
-    /// Make descriptor 0 available, whatever is in it, and let the device look at it.
+    /// Make descriptor 0 of a split ring available, whatever is in it, and let the device look at it.
     fn provoke(&mut self) -> RingError {
         self.poke(AVAIL + 2, &[1, 0, 0, 0]);
-        assert_eq!(self.device.available(), Ok(1));
-        let error = self.device.pop(&mut Chain::default()).unwrap_err();
-        assert_eq!((self.device.base(), self.device.in_flight()), (0, 0), "a refused chain was taken");
-        assert_eq!(self.peek(USED, 64), vec![0; 64], "a refused chain was answered");
-        error
+        self.refusal()
     }
 
-    /// The same for a chain that the driver's half puts together.
+    /// The same for a chain that the driver's half puts together, in either format.
     fn provoke_with(&mut self, elements: &[Element], indirect: Option<Indirect>) -> RingError {
         self.driver.add(elements, indirect).unwrap();
-        self.provoke()
+        let _kick = self.driver.publish();
+        self.refusal()
+    }
+
+    /// What the device says of a chain that cannot be.
+    fn refusal(&mut self) -> RingError {
+        let state = |rig: &Self| {
+            let used = [rig.peek(DESCRIPTORS, 16 * usize::from(rig.device.size())), rig.peek(USED, 64)];
+            (rig.device.base(), rig.device.in_flight(), used)
+        };
+        let before = state(self);
+        assert_eq!(self.device.available(), Ok(1));
+        let error = self.device.pop(&mut Chain::default()).unwrap_err();
+        let _call = self.device.publish();
+        assert_eq!(state(self), before, "a refused chain was taken, or answered");
+        error
     }
 
     fn submit(&mut self, elements: &[Element], indirect: Option<Indirect>) -> u16 {
@@ -166,227 +223,254 @@ fn fill(chain: &Chain, bytes: &[u8]) {
 
 #[test]
 fn chains_carry_bytes_both_ways_direct_indirect_and_mixed() {
-    let table = DATA + 0x1000;
-    for indirect in [None, Some(Indirect { table, direct: 0 }), Some(Indirect { table, direct: 1 })] {
-        let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-        rig.poke(DATA, b"ask");
-        rig.poke(ISLAND, b"ing");
-        let elements = [readable(DATA, 3), readable(ISLAND, 3), writable(DATA + 0x100, 2), writable(DATA + 0x200, 4)];
-        let head = rig.submit(&elements, indirect);
-        let chain = rig.take();
-        assert_eq!((chain.head(), chain.readable(), chain.writable()), (head, 6, 6));
-        assert_eq!(contents(&chain), b"asking");
-        fill(&chain, b"answer");
-        rig.complete(head, 6);
-        assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 6 })));
-        assert_eq!((rig.peek(DATA + 0x100, 2), rig.peek(DATA + 0x200, 4)), (b"an".to_vec(), b"swer".to_vec()));
-        assert_eq!(rig.driver.free(), 8);
+    for options in formats(FLAGS_ONLY) {
+        let table = DATA + 0x1000;
+        for indirect in [None, Some(Indirect { table, direct: 0 }), Some(Indirect { table, direct: 1 })] {
+            let mut rig = Rig::new(8, 0, options);
+            rig.poke(DATA, b"ask");
+            rig.poke(ISLAND, b"ing");
+            let elements =
+                [readable(DATA, 3), readable(ISLAND, 3), writable(DATA + 0x100, 2), writable(DATA + 0x200, 4)];
+            let head = rig.submit(&elements, indirect);
+            let chain = rig.take();
+            assert_eq!((chain.head(), chain.readable(), chain.writable()), (head, 6, 6));
+            assert_eq!(contents(&chain), b"asking");
+            fill(&chain, b"answer");
+            rig.complete(head, 6);
+            assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 6 })));
+            assert_eq!((rig.peek(DATA + 0x100, 2), rig.peek(DATA + 0x200, 4)), (b"an".to_vec(), b"swer".to_vec()));
+            assert_eq!(rig.driver.free(), 8);
+        }
     }
 }
 
 #[test]
 fn a_buffer_over_adjacent_regions_has_a_segment_in_each() {
-    let mut rig = Rig::new(4, 0, FLAGS_ONLY);
-    rig.poke(SEAM - 3, b"sewn up");
-    rig.submit(&[readable(SEAM - 3, 7), writable(SEAM - 1, 2)], None);
-    let chain = rig.take();
-    assert_eq!((lengths(chain.readable_segments()), lengths(chain.writable_segments())), (vec![3, 4], vec![1, 1]));
-    assert_eq!(contents(&chain), b"sewn up");
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(4, 0, options);
+        rig.poke(SEAM - 3, b"sewn up");
+        rig.submit(&[readable(SEAM - 3, 7), writable(SEAM - 1, 2)], None);
+        let chain = rig.take();
+        assert_eq!((lengths(chain.readable_segments()), lengths(chain.writable_segments())), (vec![3, 4], vec![1, 1]));
+        assert_eq!(contents(&chain), b"sewn up");
+    }
 }
 
 #[test]
 fn an_indirect_table_may_lie_over_two_regions() {
-    for offset in [8, 16, 17, 31] {
-        let mut rig = Rig::new(4, 0, FLAGS_ONLY);
-        rig.poke(DATA, b"ab");
-        let indirect = Indirect { table: SEAM - offset, direct: 0 };
-        rig.submit(&[readable(DATA, 1), readable(DATA + 1, 1), writable(DATA, 5)], Some(indirect));
-        let chain = rig.take();
-        assert_eq!((contents(&chain), chain.writable()), (b"ab".to_vec(), 5));
+    for options in formats(FLAGS_ONLY) {
+        for offset in [8, 16, 17, 31] {
+            let mut rig = Rig::new(4, 0, options);
+            rig.poke(DATA, b"ab");
+            let indirect = Indirect { table: SEAM - offset, direct: 0 };
+            rig.submit(&[readable(DATA, 1), readable(DATA + 1, 1), writable(DATA, 5)], Some(indirect));
+            let chain = rig.take();
+            assert_eq!((contents(&chain), chain.writable()), (b"ab".to_vec(), 5));
+        }
     }
 }
 
 #[test]
 fn a_batch_is_seen_at_once_and_given_back_in_any_order() {
-    let mut rig = Rig::new(8, 0, EVENT_IDX);
-    let heads: Vec<_> = (0..6).map(|_| rig.driver.add(&[writable(DATA, 9)], None).unwrap()).collect();
-    assert_eq!(rig.device.available(), Ok(0), "added, but not published");
-    assert!(rig.driver.publish());
-    assert!(!rig.driver.publish(), "nothing new");
-    assert_eq!(rig.device.available(), Ok(6));
-    let taken: Vec<_> = heads.iter().map(|_| rig.take().head()).collect();
-    assert_eq!(taken, heads);
-    assert_eq!((rig.device.in_flight(), rig.driver.free(), rig.driver.outstanding()), (6, 2, 6));
-    let order = [heads[3], heads[0], heads[5], heads[1], heads[4], heads[2]];
-    for (written, head) in (0..).zip(order) {
-        rig.device.push_used(Used { head, written });
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(8, 0, options);
+        let heads: Vec<_> = (0..6).map(|_| rig.driver.add(&[writable(DATA, 9)], None).unwrap()).collect();
+        assert_eq!(rig.device.available(), Ok(0), "added, but not published");
+        assert!(rig.driver.publish());
+        assert!(!rig.driver.publish(), "nothing new");
+        assert_eq!(rig.device.available(), Ok(6));
+        let taken: Vec<_> = heads.iter().map(|_| rig.take().head()).collect();
+        assert_eq!(taken, heads);
+        assert_eq!((rig.device.in_flight(), rig.driver.free(), rig.driver.outstanding()), (6, 2, 6));
+        let order = [heads[3], heads[0], heads[5], heads[1], heads[4], heads[2]];
+        for (written, head) in (0..).zip(order) {
+            rig.device.push_used(Used { head, written });
+        }
+        assert_eq!(rig.driver.pop(), Ok(None), "filled, but not published");
+        assert!(rig.device.publish());
+        for (written, head) in (0..).zip(order) {
+            assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written })));
+        }
+        assert_eq!((rig.device.in_flight(), rig.driver.free(), rig.driver.outstanding()), (0, 8, 0));
     }
-    assert_eq!(rig.driver.pop(), Ok(None), "filled, but not published");
-    assert!(rig.device.publish());
-    for (written, head) in (0..).zip(order) {
-        assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written })));
-    }
-    assert_eq!((rig.device.in_flight(), rig.driver.free(), rig.driver.outstanding()), (0, 8, 0));
 }
 
 #[test]
 fn every_size_is_filled_and_emptied_around_the_end_of_the_index() {
-    for size in (0..=15).map(|shift| 1u16 << shift) {
-        let mut rig = Rig::new(size, 0u16.wrapping_sub(size / 2 + 1).into(), EVENT_IDX);
-        for _ in 0..2 {
-            for _ in 0..size {
-                rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+    for options in formats(EVENT_IDX) {
+        for size in (0..=15).map(|shift| 1u16 << shift) {
+            let mut rig = Rig::new(size, 65_535 - u32::from(size / 2), options);
+            for _ in 0..2 {
+                for _ in 0..size {
+                    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+                }
+                let full = rig.driver.add(&[writable(DATA, 1)], None);
+                assert_eq!(full, Err(RingError::NoRoom { needed: 1, free: 0 }));
+                assert!(rig.driver.publish());
+                assert_eq!(rig.device.available(), Ok(size));
+                let mut chain = Chain::default();
+                let mut heads = Vec::new();
+                while rig.device.pop(&mut chain).unwrap() {
+                    heads.push(chain.head());
+                }
+                for head in heads.iter().rev() {
+                    rig.device.push_used(Used { head: *head, written: 1 });
+                }
+                let _call = rig.device.publish();
+                for head in heads.into_iter().rev() {
+                    assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 1 })));
+                }
+                assert_eq!(rig.device.enable_kicks(), Ok(false));
             }
-            let full = rig.driver.add(&[writable(DATA, 1)], None);
-            assert_eq!(full, Err(RingError::NoRoom { needed: 1, free: 0 }));
-            assert!(rig.driver.publish());
-            assert_eq!(rig.device.available(), Ok(size));
-            let mut chain = Chain::default();
-            let mut heads = Vec::new();
-            while rig.device.pop(&mut chain).unwrap() {
-                heads.push(chain.head());
-            }
-            for head in heads.iter().rev() {
-                rig.device.push_used(Used { head: *head, written: 1 });
-            }
-            let _call = rig.device.publish();
-            for head in heads.into_iter().rev() {
-                assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 1 })));
-            }
-            assert_eq!(rig.device.enable_kicks(), Ok(false));
         }
     }
 }
 
 #[test]
 fn the_indices_run_past_65536() {
-    for options in [FLAGS_ONLY, EVENT_IDX] {
+    for options in [FLAGS_ONLY, EVENT_IDX].map(formats).concat() {
         let mut rig = Rig::new(4, 0, options);
         for _ in 0..70_000 {
             rig.round();
         }
-        assert_eq!(rig.device.base(), 70_000 & 0xffff);
+        assert_eq!(rig.device.base(), rig.base(70_000));
     }
 }
 
 #[test]
 fn a_ring_restarts_where_it_was_with_what_is_waiting() {
-    let mut rig = Rig::new(4, 65_533, EVENT_IDX);
-    for _ in 0..5 {
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 65_533, options);
+        for _ in 0..5 {
+            rig.round();
+        }
+        let head = rig.submit(&[writable(DATA, 3)], None);
+        let base = rig.device.base();
+        assert_eq!((base, rig.driver.base()), (rig.base(65_538), rig.base(65_538)));
+        rig.device = new_device(ADDRESSES, 4, base, options, map(&rig.files)).unwrap();
+        assert_eq!(rig.device.available(), Ok(1));
+        assert_eq!(rig.take().head(), head);
+        assert!(rig.complete(head, 3), "the first completion after a start always notifies");
+        assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
         rig.round();
     }
-    let head = rig.submit(&[writable(DATA, 3)], None);
-    let base = rig.device.base();
-    assert_eq!((base, rig.driver.base()), (2, 2));
-    rig.device = SplitRing::new(ADDRESSES, 4, base, EVENT_IDX, RingLimits::default(), map(&rig.files)).unwrap();
-    assert_eq!(rig.device.available(), Ok(1));
-    assert_eq!(rig.take().head(), head);
-    assert!(rig.complete(head, 3), "the first completion after a start always notifies");
-    assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
-    rig.round();
 }
 
 #[test]
 fn kicks_are_asked_for_by_event_index() {
-    let mut rig = Rig::new(8, 65_535, EVENT_IDX);
-    assert_eq!(rig.device.enable_kicks(), Ok(false));
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    assert!(rig.driver.publish(), "the device sleeps");
-    rig.device.disable_kicks();
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    assert!(!rig.driver.publish(), "the device is awake");
-    assert_eq!(rig.device.enable_kicks(), Ok(true), "two came meanwhile");
-    rig.take();
-    rig.take();
-    assert_eq!(rig.device.enable_kicks(), Ok(false));
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    assert!(rig.driver.publish(), "the event is inside the batch");
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(8, 65_535, options);
+        assert_eq!(rig.device.enable_kicks(), Ok(false));
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        assert!(rig.driver.publish(), "the device sleeps");
+        rig.device.disable_kicks();
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        assert!(!rig.driver.publish(), "the device is awake");
+        assert_eq!(rig.device.enable_kicks(), Ok(true), "two came meanwhile");
+        rig.take();
+        rig.take();
+        assert_eq!(rig.device.enable_kicks(), Ok(false));
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        assert!(rig.driver.publish(), "the event is inside the batch");
+    }
 }
 
 #[test]
 fn kicks_are_asked_for_by_flag_without_event_idx() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.device.disable_kicks();
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    assert!(!rig.driver.publish());
-    assert_eq!(rig.device.enable_kicks(), Ok(true));
-    rig.driver.add(&[writable(DATA, 1)], None).unwrap();
-    assert!(rig.driver.publish());
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.device.disable_kicks();
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        assert!(!rig.driver.publish());
+        assert_eq!(rig.device.enable_kicks(), Ok(true));
+        rig.driver.add(&[writable(DATA, 1)], None).unwrap();
+        assert!(rig.driver.publish());
+    }
 }
 
 #[test]
 fn calls_are_asked_for_by_event_index() {
-    let mut rig = Rig::new(8, 65_534, EVENT_IDX);
-    rig.round();
-    let heads: Vec<_> = (0..5).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
-    heads.iter().for_each(|_| drop(rig.take()));
-    assert_eq!(rig.driver.enable_calls(3), Ok(false));
-    assert!(!rig.complete(heads[0], 0));
-    assert!(!rig.complete(heads[1], 0));
-    assert!(rig.complete(heads[2], 0), "the third is the one");
-    assert!(!rig.complete(heads[3], 0));
-    assert!(!rig.device.publish(), "nothing new");
-    assert_eq!(rig.driver.enable_calls(1), Ok(true), "four came meanwhile");
-    while rig.driver.pop().unwrap().is_some() {}
-    assert_eq!(rig.driver.enable_calls(1), Ok(false));
-    assert!(rig.complete(heads[4], 0));
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(8, 65_534, options);
+        rig.round();
+        let heads: Vec<_> = (0..5).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
+        heads.iter().for_each(|_| drop(rig.take()));
+        assert_eq!(rig.driver.enable_calls(3), Ok(false));
+        assert!(!rig.complete(heads[0], 0));
+        assert!(!rig.complete(heads[1], 0));
+        assert!(rig.complete(heads[2], 0), "the third is the one");
+        assert!(!rig.complete(heads[3], 0));
+        assert!(!rig.device.publish(), "nothing new");
+        assert_eq!(rig.driver.enable_calls(1), Ok(true), "four came meanwhile");
+        while rig.driver.pop().unwrap().is_some() {}
+        assert_eq!(rig.driver.enable_calls(1), Ok(false));
+        assert!(rig.complete(heads[4], 0));
+    }
 }
 
 #[test]
 fn calls_are_asked_for_by_flag_without_event_idx() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    let heads: Vec<_> = (0..3).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
-    heads.iter().for_each(|_| drop(rig.take()));
-    assert!(rig.complete(heads[0], 0));
-    rig.driver.disable_calls();
-    assert!(!rig.complete(heads[1], 0));
-    assert_eq!(rig.driver.enable_calls(1), Ok(true));
-    assert!(rig.complete(heads[2], 0));
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        let heads: Vec<_> = (0..3).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
+        heads.iter().for_each(|_| drop(rig.take()));
+        assert!(rig.complete(heads[0], 0));
+        rig.driver.disable_calls();
+        assert!(!rig.complete(heads[1], 0));
+        assert_eq!(rig.driver.enable_calls(1), Ok(true));
+        assert!(rig.complete(heads[2], 0));
+    }
 }
 
 #[test]
 fn a_chain_that_is_given_back_unused_is_taken_again() {
-    let mut rig = Rig::new(4, 65_535, EVENT_IDX);
-    let first = rig.submit(&[writable(DATA, 1)], None);
-    let second = rig.submit(&[writable(DATA, 2)], None);
-    assert_eq!((rig.take().head(), rig.take().head()), (first, second));
-    assert!(!rig.device.unpop(first), "not the last one");
-    assert!(rig.device.unpop(second));
-    assert!(!rig.device.unpop(second), "put back already");
-    assert_eq!((rig.device.base(), rig.device.in_flight()), (0, 1));
-    assert_eq!(rig.take().head(), second);
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 65_535, options);
+        let first = rig.submit(&[writable(DATA, 1)], None);
+        let second = rig.submit(&[writable(DATA, 2)], None);
+        assert_eq!((rig.take().head(), rig.take().head()), (first, second));
+        assert!(!rig.device.unpop(first), "not the last one");
+        assert!(rig.device.unpop(second));
+        assert!(!rig.device.unpop(second), "put back already");
+        assert_eq!((rig.device.base() & 0xffff, rig.device.in_flight()), (rig.base(65_536) & 0xffff, 1));
+        assert_eq!(rig.take().head(), second);
+    }
 }
 
 #[test]
 fn a_ring_moves_to_other_memory_and_goes_on() {
-    let mut rig = Rig::new(4, 0, EVENT_IDX);
-    let head = rig.submit(&[writable(DATA, 3)], None);
-    let old = rig.device.snapshot().clone();
-    let chain = rig.take();
-    let new = map(&rig.files);
-    let pointers = rig.device.resolve(&new).unwrap();
-    rig.device.move_to(pointers, new);
-    fill(&chain, b"old");
-    drop((chain, old));
-    rig.complete(head, 3);
-    assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
-    assert_eq!(rig.peek(DATA, 3), b"old");
-    rig.round();
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 0, options);
+        let head = rig.submit(&[writable(DATA, 3)], None);
+        let old = rig.device.snapshot().clone();
+        let chain = rig.take();
+        let new = map(&rig.files);
+        let pointers = rig.device.resolve(&new).unwrap();
+        rig.device.move_to(pointers, new);
+        fill(&chain, b"old");
+        drop((chain, old));
+        rig.complete(head, 3);
+        assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
+        assert_eq!(rig.peek(DATA, 3), b"old");
+        rig.round();
+    }
 }
 
 #[test]
 fn a_ring_stays_where_it_was_if_the_other_memory_does_not_hold_it() {
-    let mut rig = Rig::new(4, 0, EVENT_IDX);
-    let gone = Region {
-        guest_address: DESCRIPTORS,
-        size: SEAM - DESCRIPTORS,
-        user_address: USER + DESCRIPTORS,
-        file_offset: 0,
-    };
-    let without = rig.memory.without(&gone).unwrap();
-    assert!(matches!(rig.device.resolve(&without), Err(RingError::MemoryGone(_))));
-    rig.round();
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 0, options);
+        let gone = Region {
+            guest_address: DESCRIPTORS,
+            size: SEAM - DESCRIPTORS,
+            user_address: USER + DESCRIPTORS,
+            file_offset: 0,
+        };
+        let without = rig.memory.without(&gone).unwrap();
+        assert!(matches!(rig.device.resolve(&without), Err(RingError::MemoryGone(_))));
+        rig.round();
+    }
 }
 
 #[test]
@@ -440,8 +524,8 @@ fn a_ring_is_laid_out_as_the_kernel_lays_it_out() {
     let start = u64::try_from(offsets[8]).unwrap();
     let avail = u64::try_from(offsets[4]).unwrap();
     let addresses = RingAddresses { descriptors: USER + DATA, avail: USER + DATA + avail, used: USER + DATA + start };
-    rig.driver = SplitDriver::new(addresses, 8, 0, EVENT_IDX, rig.memory.clone()).unwrap();
-    rig.device = SplitRing::new(addresses, 8, 0, EVENT_IDX, RingLimits::default(), map(&rig.files)).unwrap();
+    rig.driver = Box::new(SplitDriver::new(addresses, 8, 0, EVENT_IDX, rig.memory.clone()).unwrap());
+    rig.device = new_device(addresses, 8, 0, EVENT_IDX, map(&rig.files)).unwrap();
     // Descriptor 0, then 1 and 2, of which the device gives back the second chain second.
     rig.submit(&[readable(0x40_1111, 0x22)], None);
     rig.submit(&[writable(0x40_3333, 0x44), writable(0x40_3333, 0x55)], None);
@@ -523,9 +607,11 @@ fn a_table_of_no_possible_length_is_refused() {
 
 #[test]
 fn the_longest_table_has_1024_entries() {
-    let mut rig = Rig::new(1, 0, FLAGS_ONLY);
-    rig.submit(&[writable(DATA, 1); 1024], Some(Indirect { table: DATA + 0x1000, direct: 0 }));
-    assert_eq!(rig.take().writable(), 1024);
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(1, 0, options);
+        rig.submit(&[writable(DATA, 1); 1024], Some(Indirect { table: DATA + 0x1000, direct: 0 }));
+        assert_eq!(rig.take().writable(), 1024);
+    }
 }
 
 #[test]
@@ -546,13 +632,15 @@ fn a_table_that_was_not_negotiated_is_refused() {
 
 #[test]
 fn readable_after_writable_is_refused() {
-    let table = DATA + 0x1000;
-    for indirect in [None, Some(Indirect { table, direct: 0 }), Some(Indirect { table, direct: 1 })] {
-        for length in [1, 0] {
-            let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-            let error = rig.provoke_with(&[writable(DATA, length), readable(DATA, 1)], indirect);
-            let descriptor = if indirect == Some(Indirect { table, direct: 1 }) { 0 } else { 1 };
-            assert_eq!(error, RingError::ReadableAfterWritable { descriptor }, "length {length}, {indirect:?}");
+    for options in formats(FLAGS_ONLY) {
+        let table = DATA + 0x1000;
+        for indirect in [None, Some(Indirect { table, direct: 0 }), Some(Indirect { table, direct: 1 })] {
+            for length in [1, 0] {
+                let mut rig = Rig::new(8, 0, options);
+                let error = rig.provoke_with(&[writable(DATA, length), readable(DATA, 1)], indirect);
+                let descriptor = if indirect == Some(Indirect { table, direct: 1 }) { 0 } else { 1 };
+                assert_eq!(error, RingError::ReadableAfterWritable { descriptor }, "length {length}, {indirect:?}");
+            }
         }
     }
 }
@@ -591,26 +679,28 @@ fn a_head_out_of_range_is_refused() {
 
 #[test]
 fn a_range_outside_memory_is_refused_even_by_one_byte() {
-    for (start, length) in [
-        (END - 1, 2),
-        (DESCRIPTORS - 1, 2),
-        (ISLAND + 0xfff, 2),
-        (END, 1),
-        (SEAM - 1, (END - SEAM) as u32 + 2),
-        (u64::MAX, 1),
-        (u64::MAX, u32::MAX),
-        (u64::MAX - 15, 16),
-    ] {
-        for direct in [Some(1), None] {
-            let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-            let indirect = direct.map(|_| Indirect { table: DATA, direct: 0 });
-            let error = rig.provoke_with(&[writable(start, length)], indirect);
-            let expected_end = u128::from(start) + u128::from(length);
-            let RingError::OutsideMemory { descriptor: 0, start: told, end, memory } = error else {
-                panic!("{start:#x}, {length:#x}: {error}")
-            };
-            assert_eq!((told, end), (start, expected_end));
-            assert!(memory.contains("0x100000..0x800000, 0x800000..0x810000, 0x900000"));
+    for options in formats(FLAGS_ONLY) {
+        for (start, length) in [
+            (END - 1, 2),
+            (DESCRIPTORS - 1, 2),
+            (ISLAND + 0xfff, 2),
+            (END, 1),
+            (SEAM - 1, (END - SEAM) as u32 + 2),
+            (u64::MAX, 1),
+            (u64::MAX, u32::MAX),
+            (u64::MAX - 15, 16),
+        ] {
+            for direct in [Some(1), None] {
+                let mut rig = Rig::new(8, 0, options);
+                let indirect = direct.map(|_| Indirect { table: DATA, direct: 0 });
+                let error = rig.provoke_with(&[writable(start, length)], indirect);
+                let expected_end = u128::from(start) + u128::from(length);
+                let RingError::OutsideMemory { descriptor: 0, start: told, end, memory } = error else {
+                    panic!("{start:#x}, {length:#x}: {error}")
+                };
+                assert_eq!((told, end), (start, expected_end));
+                assert!(memory.contains("0x100000..0x800000, 0x800000..0x810000, 0x900000"));
+            }
         }
     }
 }
@@ -627,15 +717,17 @@ fn a_table_outside_memory_is_refused() {
 
 #[test]
 fn a_chain_of_four_gibibytes_is_refused() {
-    let mut rig = Rig::new(4, 0, FLAGS_ONLY);
-    let (table, piece) = (DATA, 0x40_0000);
-    let error = rig.provoke_with(&[writable(DATA, piece); 1024], Some(Indirect { table, direct: 0 }));
-    assert_eq!(error, RingError::ChainTooLarge { head: 0, bytes: 1 << 32, limit: u32::MAX });
-    let mut just_fits = [writable(DATA, piece); 1024];
-    just_fits[5].length -= 1;
-    let mut rig = Rig::new(4, 0, FLAGS_ONLY);
-    rig.submit(&just_fits, Some(Indirect { table, direct: 0 }));
-    assert_eq!(rig.take().writable(), u64::from(u32::MAX));
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(4, 0, options);
+        let (table, piece) = (DATA, 0x40_0000);
+        let error = rig.provoke_with(&[writable(DATA, piece); 1024], Some(Indirect { table, direct: 0 }));
+        assert_eq!(error, RingError::ChainTooLarge { head: 0, bytes: 1 << 32, limit: u32::MAX });
+        let mut just_fits = [writable(DATA, piece); 1024];
+        just_fits[5].length -= 1;
+        let mut rig = Rig::new(4, 0, options);
+        rig.submit(&just_fits, Some(Indirect { table, direct: 0 }));
+        assert_eq!(rig.take().writable(), u64::from(u32::MAX));
+    }
 }
 
 // What a hostile device writes.
@@ -771,6 +863,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// A ring of either format, of a size that it may have.
+fn ring() -> impl Strategy<Value = (u16, RingOptions)> {
+    (1..20u16, any::<[bool; 3]>()).prop_map(|(size, [packed, event_idx, in_order])| {
+        let size = if packed { size } else { size.next_power_of_two() };
+        (size, RingOptions { packed, event_idx, in_order, ..FLAGS_ONLY })
+    })
+}
+
 fn pattern(seed: u64, length: u32) -> Vec<u8> {
     (0..u64::from(length)).map(|at| (seed.wrapping_mul(31).wrapping_add(at * 7)) as u8).collect()
 }
@@ -779,18 +879,20 @@ proptest! {
     #[test]
     fn what_one_side_sends_the_other_receives_and_nobody_oversleeps(
         steps in prop::collection::vec(step(), 1..120),
-        size in (0..5u32).prop_map(|shift| 1u16 << shift),
+        (size, options) in ring(),
         base in any::<u16>(),
-        event_idx in any::<bool>(),
     ) {
-        let mut rig = Rig::new(size, base.into(), RingOptions { event_idx, ..FLAGS_ONLY });
+        let mut rig = Rig::new(size, base.into(), options);
         let (mut submitted, mut taken, mut completed) = (Vec::new(), Vec::new(), Vec::new());
+        // With IN_ORDER: what the device was given and the driver has not seen, and whether it is done.
+        let mut order = Vec::new();
         let (mut device_sleeps, mut driver_sleeps) = (false, false);
         for (number, step) in (0u64..).zip(steps) {
             match step {
                 Step::Submit(shape) => {
                     let (elements, indirect) = shape.lay_out(number);
-                    let in_use = submitted.iter().chain(&taken).chain(&completed);
+                    let waiting = order.iter().map(|(request, _)| request);
+                    let in_use = submitted.iter().chain(&taken).chain(&completed).chain(waiting);
                     if in_use.map(|(_, _, number): &(u16, Shape, u64)| number % 16).any(|place| place == number % 16) {
                         continue;
                     }
@@ -819,12 +921,16 @@ proptest! {
                     prop_assert_eq!(contents(&chain), pattern(number, shape.readable()));
                     prop_assert_eq!(chain.writable(), u64::from(shape.writable()));
                     fill(&chain, &pattern(number + 1000, shape.writable()));
+                    if options.in_order {
+                        order.push(((head, shape.clone(), number), false));
+                    }
                     taken.push((head, shape, number));
                 }
                 Step::PutBack => {
                     let latest = taken.last().map(|(head, _, _)| *head);
                     if latest.is_some_and(|head| rig.device.unpop(head)) {
                         submitted.insert(0, taken.pop().unwrap());
+                        order.pop();
                         device_sleeps = false;
                     }
                 }
@@ -834,9 +940,20 @@ proptest! {
                     }
                     let (head, shape, number) = taken.remove(which.index(taken.len()));
                     let call = rig.complete(head, shape.writable());
-                    prop_assert!(call || !driver_sleeps);
-                    driver_sleeps = false;
-                    completed.push((head, shape, number));
+                    let before = completed.len();
+                    if options.in_order {
+                        order.iter_mut().filter(|((other, _, _), _)| *other == head).for_each(|(_, done)| *done = true);
+                        let ready = order.iter().take_while(|(_, done)| *done).count();
+                        completed.extend(order.drain(..ready).map(|(request, _)| request));
+                    } else {
+                        completed.push((head, shape, number));
+                    }
+                    if completed.len() > before {
+                        prop_assert!(call || !driver_sleeps);
+                        driver_sleeps = false;
+                    } else {
+                        prop_assert!(!call, "there is nothing to see");
+                    }
                 }
                 Step::Reap => {
                     for (head, shape, number) in completed.drain(..) {

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::super::crash::survive;
-use super::super::{Chain, Element, Ring, RingAddresses, RingLimits, RingOptions, SplitDriver, SplitRing, Used};
+use super::super::{
+    Chain, Driver, Element, Ring, RingAddresses, RingLimits, RingOptions, SplitDriver, SplitRing, Used,
+};
 use super::*;
 
 const USER: u64 = 0x7000_0000_0000;
