@@ -35,6 +35,13 @@ class Request:
     def written(self) -> int:
         """Bytes written so far: the length that the driver will be told."""
     @property
+    def resubmitted(self) -> bool:
+        """Whether a device before this one had taken the request and was killed: it may have done a part, or all of it.
+
+        False on every request unless the front-end keeps an in-flight record. Do the work again; where doing it twice
+        would be wrong, ask here. vhost-user specification, "Inflight I/O tracking".
+        """
+    @property
     def completed(self) -> bool:
         """Whether the request was completed, or its driver is gone."""
     def read(self, size: int = -1, /) -> bytes:
@@ -320,6 +327,10 @@ class Frontend:
         """Bytes of each shared memory region, by its index."""
     def share(self, memories: Sequence[Memory]) -> None:
         """Share these memories, and no others any more."""
+    def get_inflight(self, queues: int, queue_size: int) -> InflightRecord:
+        """Have the back-end make a record of what is in flight."""
+    def set_inflight(self, record: InflightRecord) -> None:
+        """Have the back-end use a record from now on."""
     def next_event(self, timeout: float) -> tuple[str, str] | None:
         """What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds."""
     def exchange(self, name: str, payload: bytes | bytearray, descriptors: Sequence[int]) -> bytes | None:
@@ -328,6 +339,28 @@ class Frontend:
         """End the session: whoever waits is told."""
     def fileno(self) -> int:
         """The socket to the back-end."""
+
+@final
+class InflightRecord:
+    """Memory in which a back-end notes which requests it has begun, so that the next one finds them if it dies.
+
+    What :meth:`vhost_user.Frontend.get_inflight` returns. vhost-user specification, "Inflight I/O tracking".
+    """
+
+    @property
+    def queues(self) -> int:
+        """How many queues it is for."""
+    @property
+    def queue_size(self) -> int:
+        """Entries of the largest queue that it is for."""
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def offset(self) -> int:
+        """Where it begins in its file."""
+    def fileno(self) -> int:
+        """The descriptor of its file."""
 
 @final
 class FrontendQueue:
@@ -340,6 +373,10 @@ class FrontendQueue:
     def enable(self, enable: bool) -> None: ...
     def stop(self) -> int:
         """Take the queue away from the device. Returns the base."""
+    def suspend(self) -> int:
+        """The same at once: what the device has taken stays in the in-flight record."""
+    def move_to(self, frontend: Frontend) -> None:
+        """Go on in another session, with the requests that are under way."""
     def kick(self) -> None: ...
     def submit(self, readable: Sequence[bytes | bytearray], writable: Sequence[int]) -> int:
         """Returns the number by which :meth:`wait` will name the request."""

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from . import _core
-from ._core import Memory, ProtocolFeature, TransportFeature
-from .errors import PeerTimeout, StateError, VhostUserError
+from ._core import InflightRecord, Memory, ProtocolFeature, TransportFeature
+from .errors import PeerClosed, PeerTimeout, StateError, VhostUserError
 from .queues import Buffer
 from .server import Endpoint, PathLike
 
@@ -81,7 +81,8 @@ class Frontend:
         """How many queues the back-end has, if it tells; network devices may count pairs."""
         self._reopen: Callable[[], socket.socket] | None = None
         self._open_session: _core.Frontend | None = None
-        self._protocol: ProtocolFeature | None = None
+        self._agreed: tuple[int, ProtocolFeature] | None = None
+        self._inflight: InflightRecord | None = None
         self._memories: tuple[Memory, ...] = ()
         self._queues: dict[int, DriverQueue] = {}
         self._ready = False
@@ -160,6 +161,7 @@ class Frontend:
                 f"the features {chosen & ~self.offered_features:#x} are not offered; {self.offered_features:#x} are"
             )
         session.set_features(chosen | self.offered_features & TransportFeature.PROTOCOL_FEATURES)
+        self._agreed = self.features, self.protocol
         return self
 
     @property
@@ -190,24 +192,42 @@ class Frontend:
         self._end_queues("the device was reset")
         self._session.set_features(features)
 
-    def reconnect(self) -> None:
+    def reconnect(self, *, keep_queues: bool = False) -> None:
         """Close the connection, open another one in the same way, and agree on the same features.
 
         Guest memory is shared again, with what is in it. Queues are gone, and requests on them fail: make new ones.
 
+        With `keep_queues` they go on: those that ran are started again, and requests that are under way complete. That
+        is for a back-end that died. The in-flight record tells the next one what it had begun, see
+        :meth:`set_inflight`; without it the next one begins where the used ring ends, which loses requests, or does
+        them twice, unless they are completed in order. vhost-user specification, "Inflight I/O tracking".
+
         Raises:
             StateError: the front-end was made from a socket.
-            OSError: nobody listens there any more.
+            OSError: nobody listens there now. With `keep_queues`, try again later.
+            PeerClosed: the back-end died again; likewise.
         """
         if self._reopen is None:
             raise StateError("a front-end that was given its socket cannot open another one")
-        features, protocol, memories = self.features, self.protocol, self._memories
-        self.close()
-        self._memories = ()
+        if keep_queues:
+            for queue in self.queues:
+                queue._survives = True
+            self._session.close()
+        features, protocol = self._agreed or (self.features, self.protocol)
+        if not keep_queues:
+            self.close()
+            self._inflight = None
         self._open_session = _core.Frontend(self._reopen().detach(), self.timeout)
+        self._ready = False
         self.negotiate(features, protocol)
-        if memories:
-            self.share(*memories)
+        if self._memories:
+            self.share(*self._memories)
+        if self._inflight is not None:
+            self._session.set_inflight(self._inflight)
+        for queue in self.queues:
+            queue._move_to(self._session)
+        if any(queue.running for queue in self.queues):
+            self._set_ready()
 
     def exchange(self, request: str, payload: Buffer = b"", descriptors: Sequence[int] = ()) -> bytes | None:
         """Send any message at any time, as in ``exchange("SET_VRING_NUM", struct.pack("=II", 0, 256))``.
@@ -334,6 +354,37 @@ class Frontend:
             self.share(Memory(MEMORY_SIZE))
         return self._memories[0]
 
+    # --- The in-flight record ---------------------------------------------------------------------------------------
+
+    def get_inflight(self, queues: int, queue_size: int = 256) -> InflightRecord:
+        """Have the back-end make a record of what is in flight, for `queues` queues of up to `queue_size` entries.
+
+        It is shared memory, and this side keeps it. :meth:`set_inflight` puts it to use.
+
+        Raises:
+            StateError: the protocol feature INFLIGHT_SHMFD was not negotiated.
+        """
+        return self._session.get_inflight(queues, queue_size)
+
+    def set_inflight(self, record: InflightRecord) -> None:
+        """Have the back-end note in `record` which requests it has begun, and begin with those that it finds there.
+
+        To be called before queues are started. From then on requests survive the back-end: when it dies, whoever waits
+        for them gets PeerClosed, and ``reconnect(keep_queues=True)`` lets the next back-end complete them.
+
+            frontend.set_inflight(frontend.get_inflight(queues=1))
+
+        A record made for one driver is of no use to another: ask for a new one when queues are made anew.
+
+        Raises:
+            StateError: the protocol feature INFLIGHT_SHMFD was not negotiated.
+            ProtocolError: the back-end refused it: a queue runs, or the record is for other queues.
+        """
+        self._session.set_inflight(record)
+        self._inflight = record
+        for queue in self.queues:
+            queue._survives = True
+
     # --- Queues -----------------------------------------------------------------------------------------------------
 
     def queue(
@@ -378,6 +429,7 @@ class Frontend:
             old._end(StateError(f"queue {index}: it was made anew"))
         core = _core.FrontendQueue(self._session, self.memory, index, size, base, indirect)
         queue = self._queues[index] = DriverQueue(core, index, size, self.timeout)
+        queue._survives = self._inflight is not None
         return queue
 
     def _set_ready(self) -> None:
@@ -429,6 +481,10 @@ class DriverQueue:
         #: Guards what follows. It is notified when requests have settled, and when nobody leads any more.
         self._changed = threading.Condition()
         self._pending: dict[int, Completion] = {}
+        #: Whether requests outlive the back-end, why it is gone, and how many were there before.
+        self._survives = False
+        self._lost: PeerClosed | None = None
+        self._moves = 0
         #: One thread takes in what the device has done; the others wait for it.
         self._led = False
         #: Pending requests with callbacks, and the thread that takes in completions for them.
@@ -476,6 +532,18 @@ class DriverQueue:
         self.running = False
         return base
 
+    def suspend(self) -> int:
+        """Take the queue away from the device at once. What it has begun stays in the in-flight record.
+
+        It takes that again, first, when :meth:`start` lets it go on. Needs the protocol feature
+        GET_VRING_BASE_SKIP_DRAIN. vhost-user specification, VHOST_USER_GET_VRING_BASE_SKIP_DRAIN.
+
+        Returns the base, as :meth:`stop` does.
+        """
+        base = self._ring.suspend()
+        self.running = False
+        return base
+
     def enable(self, enable: bool = True) -> None:
         """Let the device work on the queue, or not, without taking it away."""
         self._ring.enable(enable)
@@ -509,7 +577,7 @@ class DriverQueue:
                 if settled():
                     return True
                 left = max(0.0, deadline - time.monotonic())
-                if self._open_core is None:
+                if self._open_core is None or self._lost is not None:
                     return False
                 if self._led:
                     if not left:
@@ -517,12 +585,12 @@ class DriverQueue:
                     self._changed.wait(left)
                     continue
                 self._led = True
-                core = self._open_core
-            self._lead(core, left)
+                core, moves = self._open_core, self._moves
+            self._lead(core, moves, left)
             if not left:
                 return settled()
 
-    def _lead(self, core: _core.FrontendQueue, timeout: float) -> None:
+    def _lead(self, core: _core.FrontendQueue, moves: int, timeout: float) -> None:
         """Take in what the device does next, and tell everybody."""
         done: list[tuple[int, bytes]] = []
         failure: Exception | None = None
@@ -534,11 +602,25 @@ class DriverQueue:
             with self._changed:
                 self._led = False
                 settled = [self._pending.pop(token)._settle(data) for token, data in done if token in self._pending]
-                if failure is not None:
+                if isinstance(failure, PeerClosed) and (self._survives or moves != self._moves):
+                    # The requests are still in the ring. A failure of the last connection says nothing of this one.
+                    if moves == self._moves:
+                        self._lost = failure
+                elif failure is not None:
                     settled += self._fail(failure)
                 self._changed.notify_all()
         for completion in settled:
             completion._call_back()
+
+    def _move_to(self, session: _core.Frontend) -> None:
+        """Go on in another session, where everything but the queues is as it was."""
+        self._ring.move_to(session)
+        if self.running:
+            self._ring.start()
+        with self._changed:
+            self._moves += 1
+            self._lost = None
+            self._changed.notify_all()
 
     def _fail(self, error: Exception) -> list[Completion]:
         """Nothing that is pending will be completed any more."""
@@ -572,7 +654,7 @@ class DriverQueue:
         while True:
             self._wait(lambda: self._watched == 0 or self._quit, SLICE)
             with self._changed:
-                self._changed.wait_for(lambda: self._watched or self._quit, LINGER)
+                self._changed.wait_for(lambda: (self._watched and not self._lost) or self._quit, LINGER)
                 if self._quit or not self._watched:
                     self._watcher = None
                     break
@@ -596,7 +678,7 @@ class Completion:
 
     It can be waited for, awaited, and asked. Those who do so raise what made the request fail:
         ProtocolError: the device broke the queue.
-        PeerClosed: the back-end closed the connection.
+        PeerClosed: the back-end closed the connection. With an in-flight record the request is still under way.
         StateError: the queue is gone.
     """
 
@@ -616,6 +698,8 @@ class Completion:
         queue = self._queue
         wanted = queue.timeout if timeout is None else timeout
         if not queue._wait(self._is_settled, wanted) and not self._is_settled():
+            if (lost := queue._lost) is not None:
+                raise PeerClosed(f"{lost}; the request survives it: reconnect(keep_queues=True)")
             raise PeerTimeout(f"queue {queue.index}: the device did not complete the request within {wanted} s")
         return self.data
 

@@ -16,11 +16,12 @@ use super::vring::{Logging, Vring};
 use crate::error::{Error, RingError};
 use crate::memory::{Access, DirtyLog, IovaRange, Permission, Snapshot, faults_seen};
 use crate::protocol::{
-    Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Iotlb, LogBase, MemoryTable,
-    Payload, ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress, VringState,
+    Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Inflight, Iotlb, LogBase,
+    MemoryTable, Payload, ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress,
+    VringState,
 };
 use crate::transport::{Connection, Frame, Received};
-use crate::virtqueue::{RingAddresses, RingOptions};
+use crate::virtqueue::{Format, InflightBuffer, RingAddresses, RingOptions};
 
 /// How long the front-end may take to read a reply that its socket has no room for.
 const SEND_DEADLINE: Duration = Duration::from_secs(3);
@@ -84,7 +85,10 @@ impl Profile {
             | ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS
             | ProtocolFeatures::STATUS
-            | ProtocolFeatures::GPA_ADDRESSES;
+            | ProtocolFeatures::GPA_ADDRESSES
+            | ProtocolFeatures::INFLIGHT_SHMFD
+            | ProtocolFeatures::GET_VRING_BASE_INFLIGHT
+            | ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN;
         let config = if self.has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::default() };
         always | config | self.extensions
     }
@@ -117,7 +121,10 @@ pub enum Flow {
 /// What is to be done when requests in flight are finished.
 #[derive(Debug)]
 enum Then {
-    ReplyVringBase(u16),
+    ReplyVringBase {
+        request: FrontendRequest,
+        queue: u16,
+    },
     Acknowledge {
         request: FrontendRequest,
         need_reply: bool,
@@ -159,6 +166,7 @@ pub struct Session {
     events: Arc<EventLoop>,
     memory: Arc<Snapshot>,
     logging: Logging,
+    inflight: Option<InflightBuffer>,
     features: Option<VirtioFeatures>,
     protocol_features: ProtocolFeatures,
     status: u8,
@@ -195,6 +203,7 @@ impl Session {
             events,
             memory: Arc::default(),
             logging: Logging::default(),
+            inflight: None,
             features: None,
             protocol_features: ProtocolFeatures::default(),
             status: 0,
@@ -341,6 +350,11 @@ impl Session {
                 "the front-end shrank the file behind its dirty log while it was in use".to_owned(),
             ));
         }
+        if self.inflight.as_ref().is_some_and(InflightBuffer::is_lost) {
+            return Err(Error::Memory(
+                "the front-end shrank the file of the in-flight record while it was in use".to_owned(),
+            ));
+        }
         match self.memory.lost_region() {
             None => Ok(()),
             Some(region) => Err(Error::Memory(format!(
@@ -466,7 +480,26 @@ impl Session {
                 self.vring(queue).set_addresses(addresses, address.used_log()).map_err(refuse)?;
             }
             M::GetVringBase(_) => {
-                return self.wait_for(vec![queue], None, Then::ReplyVringBase(queue), hooks);
+                return self.wait_for(vec![queue], None, Then::ReplyVringBase { request, queue }, hooks);
+            }
+            M::GetVringBaseSkipDrain(_) => {
+                let then = Then::ReplyVringBase { request, queue };
+                if !self.vring(queue).is_recorded() {
+                    // Nobody would ever hear of what is in flight.
+                    return self.wait_for(vec![queue], None, then, hooks);
+                }
+                self.tell_stopping(queue, hooks);
+                return self.after_drain(then, &[queue], hooks).map(|()| Done::Answered);
+            }
+            M::GetInflightFd(Inflight { queues, queue_size, .. }) => {
+                let format = self.check_inflight(queues).map_err(refuse)?;
+                let created = InflightBuffer::create(format, queues, queue_size);
+                let (file, description) = created.map_err(|error| refuse(error.to_string()))?;
+                return self.reply_with(request, description, Some(file));
+            }
+            M::SetInflightFd(description) => {
+                let format = self.check_inflight(description.queues).map_err(refuse)?;
+                self.set_inflight(&files.swap_remove(0), &description, format).map_err(refuse)?;
             }
             M::SetVringKick(_) => {
                 let events = Arc::clone(&self.events);
@@ -711,6 +744,30 @@ impl Session {
         }
     }
 
+    /// For which format a record has to be that comes now.
+    fn check_inflight(&self, queues: u16) -> Result<Format, String> {
+        if usize::from(queues) > self.vrings.len() {
+            return Err(format!("it is for {queues} queues; the device has {}", self.vrings.len()));
+        }
+        match self.features {
+            None => Err("it comes before SET_FEATURES, which says whether rings are split or packed".to_owned()),
+            Some(features) if features.contains(VirtioFeatures::RING_PACKED) => Ok(Format::Packed),
+            Some(_) => Ok(Format::Split),
+        }
+    }
+
+    fn set_inflight(&mut self, file: &OwnedFd, description: &Inflight, format: Format) -> Result<(), String> {
+        if let Some(vring) = self.vrings.iter().find(|vring| vring.is_active()) {
+            return Err(format!("queue {} is running; stop it with GET_VRING_BASE first", vring.index()));
+        }
+        let buffer = InflightBuffer::map(file, description, format)?;
+        for vring in self.vrings.iter() {
+            vring.set_record(buffer.slot(vring.index()));
+        }
+        self.inflight = Some(buffer);
+        Ok(())
+    }
+
     // --- Waiting for requests in flight -----------------------------------------------------------------------------
 
     /// Stop taking from `queues`, and do `then` when nothing of theirs is in flight, or at the deadline.
@@ -742,13 +799,13 @@ impl Session {
 
     fn after_drain(&mut self, then: Then, queues: &[u16], hooks: &mut dyn Hooks) -> Result<(), Error> {
         match then {
-            Then::ReplyVringBase(queue) => {
+            Then::ReplyVringBase { request, queue } => {
                 let events = Arc::clone(&self.events);
                 let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
                 // The last one: nothing is sent after the answer.
                 self.suspend_channel();
                 let state = VringState { index: u32::from(queue), num: base };
-                self.reply(FrontendRequest::GetVringBase, state).map(drop)
+                self.reply(request, state).map(drop)
             }
             Then::Acknowledge { request, need_reply } => {
                 for queue in queues {
@@ -808,6 +865,7 @@ impl Session {
             vring.disconnect(|kick| self.events.forget(kick));
         }
         self.channel.disconnect();
+        self.inflight = None;
         self.memory = Arc::default();
         self.logging = Logging::default();
     }

@@ -16,7 +16,8 @@ use super::translation::Translation;
 use crate::error::RingError;
 use crate::memory::{DirtyLog, IovaRange, Snapshot};
 use crate::virtqueue::{
-    Chain, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used, Written,
+    Chain, InflightSlot, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used,
+    Written,
 };
 
 /// Counters of one queue, since the device was made.
@@ -167,6 +168,8 @@ struct Inner {
     logging: Logging,
     options: RingOptions,
     limits: RingLimits,
+    /// Where the ring has its in-flight record, if the front-end gave memory for one.
+    record: Option<InflightSlot>,
     /// A ring with a source of kicks is started, in the specification's words.
     kick: Option<KickSource>,
     call: Option<Arc<Call>>,
@@ -205,6 +208,7 @@ impl Vring {
             logging: Logging::default(),
             options: RingOptions::default(),
             limits,
+            record: None,
             kick: None,
             call: None,
             error: None,
@@ -439,6 +443,19 @@ impl Vring {
         Ok(())
     }
 
+    /// SET_INFLIGHT_FD: from the next start on, the ring keeps a record of what is in flight, and begins with what it
+    /// finds there.
+    pub(super) fn set_record(&self, record: Option<InflightSlot>) {
+        let mut inner = self.lock();
+        self.stop_here(&mut inner);
+        inner.record = record;
+    }
+
+    /// Whether what is in flight when the ring stops will be found by whoever starts it again.
+    pub(super) fn is_recorded(&self) -> bool {
+        self.lock().record.is_some()
+    }
+
     /// SET_VRING_ADDR. A running ring goes on where it is, at its new addresses. Writes to the used ring are logged from
     /// the guest address `used_log` on.
     pub(super) fn set_addresses(&self, addresses: RingAddresses, used_log: Option<u64>) -> Result<(), String> {
@@ -546,7 +563,7 @@ impl Vring {
             return Err(error);
         }
         let may_touch = inner.may_touch();
-        let Inner { state, size, addresses, options, limits, translation, .. } = &mut *inner;
+        let Inner { state, size, addresses, options, limits, translation, record, .. } = &mut *inner;
         match state {
             State::Broken { .. } => Ok(()),
             State::Running { .. } => {
@@ -561,7 +578,9 @@ impl Vring {
                     return Ok(());
                 }
                 let base = *base;
-                match AnyRing::start(addresses, size, base, *options, *limits, snapshot) {
+                let started = AnyRing::start(addresses, size, base, *options, *limits, snapshot)
+                    .and_then(|ring| if let Some(record) = record { ring.recover(record) } else { Ok(ring) });
+                match started {
                     Ok(ring) => {
                         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
                         let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
@@ -686,6 +705,8 @@ impl Vring {
     }
 
     /// GET_VRING_BASE, after the drain: publish what had to wait, and stop. The descriptors go to `retire` first.
+    ///
+    /// What is in flight nevertheless stays in the record, and is nobody's any more.
     pub(super) fn stop(&self, retire: impl FnOnce(&Kick)) -> u32 {
         let mut inner = self.lock();
         let _ = inner.remap();
@@ -708,6 +729,9 @@ impl Vring {
     pub(super) fn reset(&self) {
         let mut inner = self.lock();
         self.stop_here(&mut inner);
+        if let Some(record) = &inner.record {
+            record.clear();
+        }
         inner.state = State::Stopped { base: 0 };
         inner.enabled = false;
     }
@@ -717,6 +741,7 @@ impl Vring {
         let mut inner = self.lock();
         self.forget_run(&mut inner, retire);
         inner.state = State::Stopped { base: 0 };
+        inner.record = None;
         inner.addresses = None;
         inner.used_log = None;
         inner.logging = Logging::default();
@@ -858,6 +883,13 @@ impl AnyRing {
         } else {
             Self::Split(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
         })
+    }
+
+    fn recover(self, record: &InflightSlot) -> Result<Self, RingError> {
+        match self {
+            Self::Split(ring) => ring.recover(record).map(|ring| Self::Split(Box::new(ring))),
+            Self::Packed(ring) => Ok(Self::Packed(ring)),
+        }
     }
 
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {

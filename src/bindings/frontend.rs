@@ -17,7 +17,7 @@ use pyo3::types::{PyBytes, PyDict, PyModule};
 use super::errors::to_python;
 use super::extensions::duplicate;
 use crate::error::Error;
-use crate::frontend::{self, Allocation, Event, QueueOptions};
+use crate::frontend::{self, Allocation, Event, InflightRecord as Record, QueueOptions};
 use crate::protocol::{FrontendRequest, ProtocolFeatures, Uuid, VirtioFeatures};
 
 /// The driver's end of a session.
@@ -144,6 +144,16 @@ impl Frontend {
         self.run(py, || self.core.share(&memories))
     }
 
+    /// Have the back-end make a record of what is in flight.
+    fn get_inflight(&self, py: Python<'_>, queues: u16, queue_size: u16) -> PyResult<InflightRecord> {
+        self.run(py, || self.core.get_inflight(queues, queue_size)).map(|core| InflightRecord { core })
+    }
+
+    /// Have the back-end use a record from now on.
+    fn set_inflight(&self, py: Python<'_>, record: &InflightRecord) -> PyResult<()> {
+        self.run(py, || self.core.set_inflight(&record.core))
+    }
+
     /// What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds.
     fn next_event(&self, py: Python<'_>, timeout: f64) -> PyResult<Option<(&'static str, String)>> {
         let event = self.run(py, || self.core.next_event(deadline(timeout)))?;
@@ -259,11 +269,55 @@ impl Memory {
     }
 }
 
+/// Memory in which a back-end notes which requests it has begun, so that the next one finds them if it dies: what
+/// :meth:`vhost_user.Frontend.get_inflight` returns. vhost-user specification, "Inflight I/O tracking".
+#[pyclass(frozen, module = "vhost_user._core")]
+#[derive(Debug)]
+pub struct InflightRecord {
+    core: Record,
+}
+
+#[pymethods]
+impl InflightRecord {
+    /// How many queues it is for.
+    #[getter]
+    fn queues(&self) -> u16 {
+        self.core.description.queues
+    }
+
+    /// Entries of the largest queue that it is for.
+    #[getter]
+    fn queue_size(&self) -> u16 {
+        self.core.description.queue_size
+    }
+
+    /// Bytes.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.core.description.size
+    }
+
+    /// Where it begins in its file.
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.core.description.offset
+    }
+
+    /// The descriptor of its file.
+    fn fileno(&self) -> i32 {
+        self.core.file.as_raw_fd()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<InflightRecord: {} queues of {} entries>", self.queues(), self.queue_size())
+    }
+}
+
 /// The driver's end of one queue.
 #[pyclass(frozen, module = "vhost_user._core")]
 #[derive(Debug)]
 pub struct FrontendQueue {
-    frontend: Py<Frontend>,
+    frontend: Mutex<Py<Frontend>>,
     core: frontend::Queue,
 }
 
@@ -282,19 +336,31 @@ impl FrontendQueue {
         let options = QueueOptions { size, base, indirect };
         let session = Arc::clone(&frontend.get().core);
         let core = frontend::Queue::new(session, Arc::clone(&memory.core), index, options);
-        Ok(Self { core: core.map_err(|error| to_python(py, error))?, frontend })
+        Ok(Self { core: core.map_err(|error| to_python(py, error))?, frontend: Mutex::new(frontend) })
     }
 
     fn start(&self, py: Python<'_>) -> PyResult<()> {
-        self.frontend.get().run(py, || self.core.start())
+        self.frontend(py).get().run(py, || self.core.start())
     }
 
     fn enable(&self, py: Python<'_>, enable: bool) -> PyResult<()> {
-        self.frontend.get().run(py, || self.core.enable(enable))
+        self.frontend(py).get().run(py, || self.core.enable(enable))
     }
 
     fn stop(&self, py: Python<'_>) -> PyResult<u32> {
-        self.frontend.get().run(py, || self.core.stop())
+        self.frontend(py).get().run(py, || self.core.stop())
+    }
+
+    /// Take the queue away at once: what the device has taken stays in the in-flight record.
+    fn suspend(&self, py: Python<'_>) -> PyResult<u32> {
+        self.frontend(py).get().run(py, || self.core.suspend())
+    }
+
+    /// Go on in another session, with the requests that are under way.
+    fn move_to(&self, frontend: Py<Frontend>) {
+        self.core.move_to(Arc::clone(&frontend.get().core));
+        let old = std::mem::replace(&mut *lock(&self.frontend), frontend);
+        drop(old);
     }
 
     fn kick(&self) {
@@ -310,7 +376,7 @@ impl FrontendQueue {
     /// Requests that are done, by number, with what the device wrote; at least one, waiting for it up to `timeout`
     /// seconds. None came if there is none then. Every request is returned once.
     fn wait<'py>(&self, py: Python<'py>, timeout: f64) -> PyResult<Vec<(u64, Bound<'py, PyBytes>)>> {
-        let frontend = self.frontend.get();
+        let frontend = self.frontend(py);
         let done = py.detach(|| {
             let first = match self.core.poll(None)? {
                 Some(completion) => completion,
@@ -327,7 +393,7 @@ impl FrontendQueue {
             }
             Ok(done)
         });
-        let done = done.map_err(|error| frontend.to_python(py, error))?;
+        let done = done.map_err(|error| frontend.get().to_python(py, error))?;
         Ok(done.into_iter().map(|completion| (completion.token, PyBytes::new(py, &completion.data))).collect())
     }
 
@@ -345,6 +411,10 @@ impl FrontendQueue {
 }
 
 impl FrontendQueue {
+    fn frontend(&self, py: Python<'_>) -> Py<Frontend> {
+        lock(&self.frontend).clone_ref(py)
+    }
+
     pub(super) fn core(&self) -> &frontend::Queue {
         &self.core
     }

@@ -16,7 +16,7 @@ mod request;
 pub use backend::Backend;
 pub use buffer::GuestBuffer;
 pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
-pub use frontend::{Frontend, FrontendQueue, Memory, add_tables};
+pub use frontend::{Frontend, FrontendQueue, InflightRecord, Memory, add_tables};
 pub use load::{Load, LoadResult};
 pub use request::Request;
 

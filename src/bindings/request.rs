@@ -188,6 +188,12 @@ impl Request {
         self.lock(py).written
     }
 
+    /// Whether a device that was killed had begun with the request, or may have.
+    #[getter]
+    fn resubmitted(&self, py: Python<'_>) -> bool {
+        self.lock(py).chain.resubmitted()
+    }
+
     /// Whether the request was completed, or its driver is gone.
     #[getter]
     fn completed(&self, py: Python<'_>) -> bool {

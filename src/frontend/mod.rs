@@ -20,7 +20,7 @@ mod session;
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use memory::{Allocation, Memory};
 pub use queue::{Completion, Queue, QueueOptions};
-pub use session::{Event, Frontend, Offer, Reply};
+pub use session::{Event, Frontend, InflightRecord, Offer, Reply};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

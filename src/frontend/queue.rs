@@ -63,7 +63,8 @@ pub struct Completion {
 /// Drop it after the device was reset or the queue stopped: its memory is free again then.
 #[derive(Debug)]
 pub struct Queue {
-    frontend: Arc<Frontend>,
+    /// The session of today: a queue may outlive it.
+    frontend: Mutex<Arc<Frontend>>,
     memory: Arc<Memory>,
     index: u8,
     addresses: RingAddresses,
@@ -136,7 +137,7 @@ impl Queue {
         let event =
             || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::os("making an eventfd"));
         Ok(Self {
-            frontend,
+            frontend: Mutex::new(frontend),
             memory,
             index,
             addresses,
@@ -168,7 +169,8 @@ impl Queue {
         };
         let RingAddresses { descriptors, avail, used } = self.addresses;
         let with = VringDescriptor::new(self.index, true);
-        let tell = |message, descriptors: &[_]| self.frontend.tell(&message, descriptors);
+        let frontend = self.frontend();
+        let tell = |message, descriptors: &[_]| frontend.tell(&message, descriptors);
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
         tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
         tell(FrontendMessage::SetVringAddr(VringAddress { index, flags: 0, descriptors, used, avail, log: 0 }), &[])?;
@@ -177,26 +179,37 @@ impl Queue {
         tell(FrontendMessage::SetVringKick(with), &[self.kick.as_fd()])?;
         // Older back-ends start a ring at the first kick.
         signal(&self.kick);
-        if self.frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) { self.enable(true) } else { Ok(()) }
+        if frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) { self.enable(true) } else { Ok(()) }
     }
 
     /// Let the device work on the ring, or not. Only a session with protocol features has this.
     pub fn enable(&self, enable: bool) -> Result<(), Error> {
         let state = VringState { index: self.index.into(), num: enable.into() };
-        self.frontend.tell(&FrontendMessage::SetVringEnable(state), &[])
+        self.frontend().tell(&FrontendMessage::SetVringEnable(state), &[])
     }
 
     /// Take the ring away from the device, which completes what it has taken first. Returns the base: where it would go
     /// on, and where [`start`](Self::start) lets it.
     pub fn stop(&self) -> Result<u32, Error> {
-        if self.frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) {
+        if self.frontend().features().contains(VirtioFeatures::PROTOCOL_FEATURES) {
             self.enable(false)?;
         }
-        let message = FrontendMessage::GetVringBase(VringState { index: self.index.into(), num: 0 });
-        let answer: VringState = self.frontend.ask(&message)?;
+        self.ask_base(FrontendMessage::GetVringBase)
+    }
+
+    /// The same at once: what the device has taken stays in the in-flight record, and it takes that again when the queue
+    /// is started.
+    pub fn suspend(&self) -> Result<u32, Error> {
+        self.ask_base(FrontendMessage::GetVringBaseSkipDrain)
+    }
+
+    fn ask_base(&self, message: fn(VringState) -> FrontendMessage) -> Result<u32, Error> {
+        let frontend = self.frontend();
+        let message = message(VringState { index: self.index.into(), num: 0 });
+        let answer: VringState = frontend.ask(&message)?;
         if answer.index != u32::from(self.index) {
             let (asked, came) = (self.index, answer.index);
-            return Err(self.frontend.give_up(&message, &format!("asked about queue {asked}, was told of {came}")));
+            return Err(frontend.give_up(&message, &format!("asked about queue {asked}, was told of {came}")));
         }
         Ok(answer.num)
     }
@@ -255,8 +268,15 @@ impl Queue {
     }
 
     #[must_use]
-    pub fn frontend(&self) -> &Arc<Frontend> {
-        &self.frontend
+    pub fn frontend(&self) -> Arc<Frontend> {
+        Arc::clone(&lock(&self.frontend))
+    }
+
+    /// Go on in another session, with the requests that are under way: to be followed by [`start`](Self::start).
+    ///
+    /// The memory has to be shared there, and the same features agreed on.
+    pub fn move_to(&self, frontend: Arc<Frontend>) {
+        *lock(&self.frontend) = frontend;
     }
 
     /// Where the ring is, in user addresses.
@@ -439,7 +459,7 @@ impl Queue {
         }
         state.waiting = true;
         drop(state);
-        let outcome = self.frontend.wait([self.call.as_fd(), self.error.as_fd()], deadline);
+        let outcome = self.frontend().wait([self.call.as_fd(), self.error.as_fd()], deadline);
         let mut state = lock(&self.state);
         state.waiting = false;
         state.ring.disable_calls();

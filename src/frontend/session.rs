@@ -14,8 +14,8 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, so
 use super::{Memory, lock};
 use crate::error::Error;
 use crate::protocol::{
-    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, MemoryTable,
-    Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
+    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Inflight,
+    MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
 };
 use crate::transport::{Connection, Frame, Received};
 
@@ -86,6 +86,13 @@ pub struct Reply {
     pub file: Option<OwnedFd>,
 }
 
+/// Memory in which a back-end notes what it has begun: to be given to the next one if this one dies.
+#[derive(Debug)]
+pub struct InflightRecord {
+    pub file: OwnedFd,
+    pub description: Inflight,
+}
+
 /// What a back-end can do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
@@ -119,7 +126,10 @@ impl Frontend {
             | ProtocolFeatures::STATUS.0
             | ProtocolFeatures::RARP.0
             | ProtocolFeatures::NET_MTU.0
-            | ProtocolFeatures::CRYPTO_SESSION.0,
+            | ProtocolFeatures::CRYPTO_SESSION.0
+            | ProtocolFeatures::INFLIGHT_SHMFD.0
+            | ProtocolFeatures::GET_VRING_BASE_INFLIGHT.0
+            | ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN.0,
     );
 
     /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.
@@ -269,6 +279,31 @@ impl Frontend {
     pub fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
         let bytes = check_config_size(bytes.to_vec())?;
         self.tell(&FrontendMessage::SetConfig(Config { offset, flags: 0, bytes }), &[])
+    }
+
+    /// Have the back-end make a record of what is in flight, for `queues` queues of `queue_size` entries. It is not in use
+    /// before [`set_inflight`](Self::set_inflight).
+    pub fn get_inflight(&self, queues: u16, queue_size: u16) -> Result<InflightRecord, Error> {
+        let message = FrontendMessage::GetInflightFd(Inflight { queues, queue_size, ..Inflight::default() });
+        self.check_gate(&message)?;
+        let Reply { payload, file } = self.exchange(&message, &[])?.unwrap_or_default();
+        let wrong = |reason: &str| self.give_up(&message, &format!("the reply makes no sense: {reason}"));
+        let description = Inflight::decode(&payload).map_err(|reason| wrong(&reason))?;
+        if (description.queues, description.queue_size) != (queues, queue_size) || description.size == 0 {
+            let Inflight { queues: came, queue_size: of, size, .. } = description;
+            return Err(wrong(&format!(
+                "asked for {queues} queues of {queue_size} entries, got {size} bytes for {came} queues of {of}"
+            )));
+        }
+        match file {
+            Some(file) => Ok(InflightRecord { file, description }),
+            None => Err(wrong("no descriptor came with it")),
+        }
+    }
+
+    /// Have the back-end use this record for the rings that are started from now on, and begin with what it finds there.
+    pub fn set_inflight(&self, record: &InflightRecord) -> Result<(), Error> {
+        self.tell(&FrontendMessage::SetInflightFd(record.description), &[record.file.as_fd()])
     }
 
     /// Share `memories`, and nothing else any more. With CONFIGURE_MEM_SLOTS, those that are shared already are left

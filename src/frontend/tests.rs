@@ -839,7 +839,7 @@ fn whoever_waits_is_told_that_the_session_was_closed() {
         let _ = held.recv();
     });
     let token = queue.submit(&[b"?"], &[]).unwrap();
-    let frontend = Arc::clone(queue.frontend());
+    let frontend = queue.frontend();
     let waiter = thread::spawn(move || queue.wait(Some(token), soon()).unwrap_err());
     frontend.close();
     assert!(matches!(waiter.join().unwrap(), Error::Closed(text) if text.starts_with("queue 0")));
