@@ -380,6 +380,14 @@ def test_a_ring_whose_addresses_are_taken_back_goes_on_when_they_are_mapped_agai
     assert ring.wait() == [(0, 6)]
 
 
+def test_a_ring_that_nobody_uses_is_not_asked_for_again(rig: Rig) -> None:
+    ring = rig.ring()
+    assert rig.iommu.message(iotlb(INVALIDATE, *EVERYTHING)) == 0
+    assert rig.iommu.channel.is_silent()
+    assert rig.front.stop(ring) == 0
+    assert rig.iommu.channel.is_silent()
+
+
 def test_what_is_completed_while_a_ring_is_not_mapped_is_published_when_it_is(
     serve: Serve, connect: Connect, memory: Memory
 ) -> None:
@@ -412,13 +420,13 @@ def test_a_ring_moves_to_where_its_io_addresses_lead_now(rig: Rig) -> None:
     new = rig.memory.allocate(len(ring.pages) * PAGE, PAGE)
     rig.memory.write(new, rig.memory.read(ring.pages[0], len(ring.pages) * PAGE))
     update = iotlb(UPDATE, ring.pages[0] + IOVA, len(ring.pages) * PAGE, rig.memory.to_user(new), BOTH)
-    rig.iommu.miss()
-    assert rig.iommu.message(update) == 0
-    rig.iommu.agree()
     moved = new - ring.pages[0]
     for part in ("descriptors", "avail", "used"):
         setattr(ring, part, getattr(ring, part) + moved)
     rig.request(ring, b"hello")
+    rig.iommu.miss()
+    assert rig.iommu.message(update) == 0
+    rig.iommu.agree()
     rig.iommu.serve()
     rig.iommu.serve()
     assert ring.wait() == [(0, 6)]

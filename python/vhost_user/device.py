@@ -49,9 +49,10 @@ class Device:
 
     #: Whether the device may be behind an IOMMU (the feature ACCESS_PLATFORM): its addresses are then I/O addresses,
     #: the front-end is asked where they are, and a driver shows the device no more of its memory than it has to.
-    #: QEMU makes use of it when it emulates an IOMMU and its device has ``iommu_platform=on,ats=on``. User-Mode Linux
-    #: would accept it and has no IOMMU: leave it off there. An instance may decide for itself before it is served.
-    #: Nothing else in the device changes. vhost-user specification, "IOMMU support".
+    #: QEMU makes use of it when it emulates an IOMMU and its device has ``iommu_platform=on,ats=on``, as with
+    #: ``vhost_user.guest.Qemu(iommu=True)``. User-Mode Linux would accept it and has no IOMMU: leave it off there. An
+    #: instance may decide for itself before it is served; nothing else in the device changes. vhost-user specification,
+    #: "IOMMU support".
     iommu: bool = False
 
     #: Filled in for every subclass.

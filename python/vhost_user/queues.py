@@ -132,6 +132,8 @@ class QueueStatistics:
     """Handlers that failed, requests that nobody answered, and rings that broke."""
     iotlb_misses: int = 0
     """How often the front-end was asked where an I/O address is; see :attr:`Device.iommu`."""
+    iotlb_invalidations: int = 0
+    """How often it took some back, of whichever queue."""
 
 
 class DeviceQueue:

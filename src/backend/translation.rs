@@ -30,6 +30,8 @@ pub(super) struct Translation {
     miss: Option<Miss>,
     /// The ring's own addresses were taken back: it is not touched until they are mapped again.
     is_unmapped: bool,
+    /// Somebody has tried to use the ring since: the front-end is not asked for rings that a driver is about to give up.
+    is_wanted: bool,
     /// How often the front-end was asked since the last chain that was taken.
     asked_in_vain: usize,
     /// Where the requests in flight have their buffers, by head.
@@ -48,9 +50,19 @@ impl Translation {
         self.is_unmapped = true;
     }
 
+    /// Somebody wants to use the ring. Returns whether it has to be asked for first, and nobody wanted it before.
+    pub fn want(&mut self) -> bool {
+        self.is_unmapped && !std::mem::replace(&mut self.is_wanted, true)
+    }
+
+    pub fn is_wanted(&self) -> bool {
+        self.is_wanted
+    }
+
     /// The ring is mapped, wherever it was.
     pub fn remap(&mut self) {
         self.is_unmapped = false;
+        self.is_wanted = false;
     }
 
     /// The ring cannot go on. Returns whether that is news.

@@ -34,6 +34,8 @@ pub struct Statistics {
     pub errors: AtomicU64,
     /// How often the front-end was asked where an I/O address is.
     pub iotlb_misses: AtomicU64,
+    /// How often it took some back.
+    pub iotlb_invalidations: AtomicU64,
 }
 
 /// One life of a ring: from its start, or a change of memory, to the next. A request keeps the one it came from.
@@ -251,6 +253,7 @@ impl Vring {
     pub fn take(&self, max: usize, chains: &mut Vec<Chain>, spare: &mut Vec<Chain>) -> Taken {
         let mut inner = self.lock();
         if !inner.may_process() {
+            self.want(&mut inner);
             return Taken::NotRunning;
         }
         let Inner { state, logging, used_log, translation, .. } = &mut *inner;
@@ -322,6 +325,7 @@ impl Vring {
             published = inner.publish(used);
         } else if taken {
             inner.held.extend_from_slice(used);
+            self.want(&mut inner);
         }
         let drained = taken && inner.draining && inner.is_idle();
         drop(inner);
@@ -365,6 +369,7 @@ impl Vring {
     pub fn available(&self) -> usize {
         let mut inner = self.lock();
         if !inner.may_process() {
+            self.want(&mut inner);
             return 0;
         }
         match &mut inner.state {
@@ -628,9 +633,18 @@ impl Vring {
 
     // --- Behind an IOMMU --------------------------------------------------------------------------------------------
 
+    /// Somebody needs the ring, whose addresses may have been taken back: the loop asks for them.
+    fn want(&self, inner: &mut Inner) {
+        if inner.is_active() && inner.translation.want() {
+            self.wakeup.wake();
+        }
+    }
+
     /// What the front-end has to be asked for: an I/O address, and whether it is to be written to. It counts as asked.
     pub(super) fn ask(&self, now: Instant) -> Option<(u64, bool)> {
         let mut inner = self.lock();
+        // What is wrong comes up again when the ring is started.
+        let _ = inner.remap();
         let question = inner.translation.to_ask()?;
         inner.translation.set_asked(now);
         self.statistics.iotlb_misses.fetch_add(1, Ordering::Relaxed);
@@ -676,6 +690,7 @@ impl Vring {
 
     /// `range` was taken back: a ring that is there is not touched until it is mapped again.
     pub(super) fn on_unmapped(&self, range: IovaRange) {
+        self.statistics.iotlb_invalidations.fetch_add(1, Ordering::Relaxed);
         let mut inner = self.lock();
         let Inner { state, size, addresses, options, translation, .. } = &mut *inner;
         if let (State::Running { .. }, Some(size), Some(addresses)) = (state, size, addresses)
@@ -818,7 +833,7 @@ impl Inner {
         self.enabled && !self.parked && matches!(self.state, State::Running { .. })
     }
 
-    /// Find a ring again whose addresses were taken back, or ask for the first of them that is missing.
+    /// Find a ring again whose addresses were taken back; if somebody wants it, ask for the first of them that is missing.
     fn remap(&mut self) -> Result<(), RingError> {
         let (State::Running { ring, run }, Some(addresses)) = (&mut self.state, self.addresses) else { return Ok(()) };
         if !self.translation.is_unmapped() {
@@ -831,7 +846,9 @@ impl Inner {
         match found {
             Ok(()) => self.translation.remap(),
             Err(RingError::NotMapped { iova, writable }) => {
-                self.translation.set_miss(iova, writable);
+                if self.translation.is_wanted() {
+                    self.translation.set_miss(iova, writable);
+                }
             }
             Err(error) => return Err(error),
         }

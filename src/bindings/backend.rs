@@ -360,6 +360,7 @@ impl Backend {
             ("calls_suppressed", &statistics.calls_suppressed),
             ("errors", &statistics.errors),
             ("iotlb_misses", &statistics.iotlb_misses),
+            ("iotlb_invalidations", &statistics.iotlb_invalidations),
         ] {
             counters.set_item(name, counter.load(Ordering::Relaxed))?;
         }
