@@ -134,6 +134,16 @@ class _Offer(Protocol):
     def shared_memory(self) -> Mapping[int, int]: ...
 
 @final
+class BatchHandler:
+    """Who takes the requests of a queue together, and who takes those one by one that are left then."""
+
+    def __new__(
+        cls,
+        together: Callable[[list[Request]], list[Request] | None],
+        each: Callable[[Request], object] | None,
+    ) -> BatchHandler: ...
+
+@final
 class Backend:
     """A device being served: its queues, its configuration space, its session, and the loop that drives them."""
 
@@ -142,11 +152,11 @@ class Backend:
         runtime: object,
         queue_sizes: list[int],
         max_requests: list[int],
-        handlers: list[Callable[[Request], object] | None],
+        handlers: list[Callable[[Request], object] | BatchHandler | None],
         offer: _Offer,
         config: bytes,
     ) -> Backend: ...
-    def set_handlers(self, handlers: list[Callable[[Request], object] | None]) -> None:
+    def set_handlers(self, handlers: list[Callable[[Request], object] | BatchHandler | None]) -> None:
         """Other handlers, from the next batch of requests on. What is available gets a look from them.
 
         Only on the loop's thread.
@@ -186,10 +196,17 @@ class Backend:
         """Replace bytes of the configuration space."""
     def config_changed(self) -> None:
         """Tell the driver that the configuration space changed."""
+    def set_busy_poll(self, seconds: float) -> None:
+        """Look for requests for up to so many seconds before going to sleep, as long as it was worth it lately."""
     def take(self, queue: int) -> Request | None:
         """The next request of a queue that has no handler, or None. From any thread."""
     def push(self, queue: int, data: Buffer) -> bool:
         """Fill the next request of a queue with `data` and complete it. False if there is none now."""
+    def push_many(self, queue: int, data: list[Buffer]) -> int:
+        """Fill the next requests of a queue, one with each of `data`, and complete them together.
+
+        Returns how many there were.
+        """
     def available(self, queue: int) -> int:
         """Requests that a driver has made available on a queue and nobody has taken."""
     def in_flight(self, queue: int) -> int:
@@ -504,6 +521,12 @@ def messages() -> list[MessageInfo]:
 
 def payloads() -> list[tuple[str, int | None, list[_PayloadField]]]:
     """Every payload: its name, the only size that it has (None: any), and its fields."""
+
+def transfer_blocks(requests: list[Request], file: int | _HasFileno, sectors: int, writes: bool) -> list[Request]:
+    """Do what those of `requests` ask for that read sectors of a disk of that many, or, with `writes`, write them.
+
+    Returns the others, untouched, and those that did not go well. Virtio 1.3, section 5.2.6.
+    """
 
 def decode(channel: str, sender: str, request: int, flags: int, payload: bytes, descriptors: int) -> DecodedMessage:
     """Decode a message that the `sender`, "front-end" or "back-end", sent on a `channel`, "main" or "back-end".

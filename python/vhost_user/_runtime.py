@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
-from ._core import Backend, Request, TransportFeature
+from ._core import Backend, BatchHandler, Request, TransportFeature
 from .errors import DeclarationError, StateError, VhostUserError
 from .loop import Loop, Timer, Watch
 
@@ -250,19 +250,24 @@ class Runtime:
         limits = [queue.max_request for queue in devices_queues]
         transport = self._transport_features()
         offer = Offer(features, transport, int(device._offers), device._takes_gpu_socket, device._shared_memory())
-        return Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
+        backend = Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
+        backend.set_busy_poll(device.busy_poll)
+        return backend
 
     def _transport_features(self) -> int:
         """Those that only some devices offer."""
         return TransportFeature.ACCESS_PLATFORM if self.device.iommu else 0
 
-    def _bound_handlers(self) -> list[Callable[[Request], object] | None]:
+    def _bound_handlers(self) -> list[Callable[[Request], object] | BatchHandler | None]:
         """What takes the requests of each queue."""
         return [
-            self._handler(self.device._handlers.get(declaration))
-            for declaration in self.device._queues
-            for _ in self.queues_of(declaration)
+            self._handler_of(declaration) for declaration in self.device._queues for _ in self.queues_of(declaration)
         ]
+
+    def _handler_of(self, declaration: Queue) -> Callable[[Request], object] | BatchHandler | None:
+        each = self._handler(self.device._handlers.get(declaration))
+        together = self.device._batch_handlers.get(declaration)
+        return each if together is None else BatchHandler(getattr(self.device, together), each)
 
     def _handler(self, name: str | None) -> Callable[[Request], object] | None:
         if name is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -73,6 +73,17 @@ class Queue:
     def handler(self, method: Handler) -> Handler:
         """Call `method(self, request)` for every request on the queue. It may be an ``async def``."""
         method.__vhost_user_queue__ = self  # type: ignore[attr-defined]
+        return method
+
+    def batch_handler(self, method: Handler) -> Handler:
+        """Call `method(self, requests)` with a list of all requests that are available on the queue, up to 256.
+
+        They are completed together when it returns, but for those that were detached. It may return a list of those
+        that it leaves to the queue's :meth:`handler`, which then gets them one by one. If it raises, every request that
+        is not completed by then has failed. It is not an ``async def``. A subclass that declares a handler of its own
+        for the queue replaces it, too.
+        """
+        method.__vhost_user_batches__ = self  # type: ignore[attr-defined]
         return method
 
     def count_for(self, device: Device) -> int:
@@ -207,6 +218,22 @@ class DeviceQueue:
             f"queue {self.index} ({self.name}) is {self.status}: the driver has offered no buffer"
             + (f", and the backlog of {self._backlog_limit} is full" if self._backlog_limit else "")
         )
+
+    def push_many(self, items: Iterable[Buffer]) -> int:
+        """Fill the driver's next buffers with `items`, one with each, and complete them together.
+
+        The driver is notified once. For queues without a handler; what waits in the backlog goes first.
+
+        Returns how many were pushed: fewer than there are if the driver has no more buffers. The rest is the caller's.
+
+        Raises:
+            RequestOverflow: an item is longer than the driver's buffer. Those before it were pushed.
+            ProtocolError: the driver broke the ring.
+        """
+        with self._buffers:
+            if self._backlog or self._backend is None:
+                return 0
+            return self._backend.push_many(self.index, items if isinstance(items, list) else list(items))
 
     def _push_now(self, data: Buffer) -> bool:
         return self._backend is not None and self._backend.push(self.index, data)

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,23 +11,32 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
 
+use super::batch::{Failures, Origin, Workspace};
 use super::errors::{self, to_python};
-use super::request::Request;
+use super::request::{Request, Source};
 use crate::backend::{
-    Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Session, Taken, Token, Vring, VringStatus,
+    Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Run, Session, Taken, Token, Vring,
+    VringStatus,
 };
 use crate::error::{Error, RingError};
 use crate::protocol::{ProtocolFeatures, ShmemConfig, VirtioFeatures};
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
-const BATCH: usize = 64;
+const BATCH: usize = 256;
 
 /// How often a ring without a kick descriptor is looked at, while it is busy and while it is not.
 const POLL_BUSY: Duration = Duration::from_micros(50);
 const POLL_IDLE: Duration = Duration::from_millis(1);
 /// Looks in vain after which a ring counts as idle.
 const POLLS_UNTIL_IDLE: u32 = 200;
+
+/// Longer than this, Ctrl-C would not be noticed.
+const MAX_BUSY_POLL: Duration = Duration::from_secs(1);
+/// Looks at the rings between two looks at everything else.
+const LOOKS: u32 = 64;
+/// A shorter window is none.
+const LEAST_WINDOW: Duration = Duration::from_micros(2);
 
 type Callbacks = HashMap<u32, Py<PyAny>>;
 type Handlers = Vec<Option<Py<PyAny>>>;
@@ -47,6 +56,10 @@ pub struct Backend {
     events: Arc<EventLoop>,
     /// Only the thread that dispatches takes it, so that no other thread ever waits for it.
     inner: Mutex<Inner>,
+    /// Chains that were pushed, for other pushes.
+    pushed: Mutex<Vec<Chain>>,
+    /// The most that the window may be, in nanoseconds.
+    busy_poll: AtomicU64,
     dispatching: AtomicBool,
     stopping: AtomicBool,
     watchers: Mutex<Callbacks>,
@@ -62,9 +75,10 @@ pub struct Backend {
 struct Inner {
     session: Option<Session>,
     events: Vec<Event>,
-    chains: Vec<Chain>,
-    spare: Vec<Chain>,
-    used: Vec<Used>,
+    /// For each queue.
+    workspaces: Vec<Workspace>,
+    /// How long to look for requests before the next sleep, up to `busy_poll`.
+    window: Duration,
     /// Queues with more to do than one turn allows.
     pending: Vec<u16>,
     poll_timer: Option<u64>,
@@ -123,6 +137,7 @@ impl Backend {
                 Arc::new(Vring::new(index, *size, limits, events.wakeup()))
             })
             .collect();
+        let workspaces = queue_sizes.iter().map(|_| Workspace::default()).collect();
         Ok(Self {
             runtime,
             handlers: Mutex::new(handlers),
@@ -131,7 +146,9 @@ impl Backend {
             config: Arc::new(ConfigSpace::new(config)),
             channel: Arc::new(Channel::new(Arc::clone(&events))),
             events,
-            inner: Mutex::default(),
+            inner: Mutex::new(Inner { workspaces, ..Inner::default() }),
+            pushed: Mutex::default(),
+            busy_poll: AtomicU64::new(0),
             dispatching: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             watchers: Mutex::default(),
@@ -280,6 +297,16 @@ impl Backend {
         self.channel.config_changed();
     }
 
+    /// Look for requests for up to so many seconds before going to sleep: as long as that, if it was worth it lately.
+    fn set_busy_poll(&self, seconds: f64) -> PyResult<()> {
+        let most = Duration::try_from_secs_f64(seconds).ok().filter(|most| *most <= MAX_BUSY_POLL);
+        let most = most.ok_or_else(|| {
+            PyValueError::new_err(format!("busy polling takes from 0 to {} s, not {seconds}", MAX_BUSY_POLL.as_secs()))
+        })?;
+        self.busy_poll.store(most.as_nanos() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// The next request of a queue that has no handler, or None. From any thread.
     fn take(&self, py: Python<'_>, queue: usize) -> PyResult<Option<Request>> {
         let vring = self.vring(queue)?;
@@ -287,12 +314,7 @@ impl Backend {
         match vring.take(1, &mut chains, &mut Vec::new()) {
             Taken::Chains(run) => Ok(chains.pop().map(|chain| Request::new(Arc::clone(vring), run, chain, true))),
             Taken::Nothing | Taken::NotRunning => Ok(None),
-            Taken::Broken(reason) => {
-                // The device hears of it where it hears of everything else: on the loop's thread.
-                lock(&self.broken).push((vring.index(), reason.clone()));
-                self.events.wakeup().wake();
-                Err(to_python(py, Error::Ring { queue: vring.index(), reason }))
-            }
+            Taken::Broken(reason) => Err(self.broke(py, vring, reason)),
         }
     }
 
@@ -306,6 +328,30 @@ impl Backend {
                 Err(error)
             }
         }
+    }
+
+    /// Fill the next requests of a queue, one with each of `data`, and complete them together. Returns how many there
+    /// were.
+    fn push_many(&self, py: Python<'_>, queue: usize, data: Vec<Bound<'_, PyAny>>) -> PyResult<usize> {
+        let vring = self.vring(queue)?;
+        let spare = std::mem::take(&mut *lock(&self.pushed));
+        let used = Vec::with_capacity(data.len());
+        let mut pushed = Pushed { vring, run: None, used, chains: Vec::new(), spare, taken: Vec::with_capacity(1) };
+        let mut count = 0;
+        let mut result = Ok(true);
+        for item in &data {
+            result = self.push_next(py, &mut pushed, item);
+            if !matches!(result, Ok(true)) {
+                break;
+            }
+            count += 1;
+        }
+        pushed.complete();
+        let Pushed { mut spare, mut chains, .. } = pushed;
+        spare.append(&mut chains);
+        spare.truncate(BATCH);
+        *lock(&self.pushed) = spare;
+        result.map(|_| count)
     }
 
     /// Requests that a driver has made available on a queue and nobody has taken.
@@ -375,17 +421,89 @@ impl Backend {
         })
     }
 
+    /// Fill the next request with `item`, to be completed with others. False if there is none.
+    fn push_next(&self, py: Python<'_>, pushed: &mut Pushed<'_>, item: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vring = pushed.vring;
+        let source = Source::new(item)?;
+        let taken = vring.take(1, &mut pushed.taken, &mut pushed.spare);
+        let (run, chain) = match (taken, pushed.taken.pop()) {
+            (Taken::Chains(run), Some(chain)) => (run, chain),
+            (Taken::Broken(reason), _) => return Err(self.broke(py, vring, reason)),
+            _ => return Ok(false),
+        };
+        // SAFETY: `run` keeps the snapshot of the chain.
+        match unsafe { source.copy_to(py, vring.index(), &chain, 0) } {
+            Ok(written) => {
+                pushed.add(&run, chain, written as u32);
+                Ok(true)
+            }
+            Err(error) => {
+                if !vring.put_back(&run, &chain) {
+                    pushed.add(&run, chain, 0);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The device hears of a ring that broke where it hears of everything else: on the loop's thread.
+    fn broke(&self, py: Python<'_>, vring: &Vring, reason: RingError) -> PyErr {
+        lock(&self.broken).push((vring.index(), reason.clone()));
+        self.events.wakeup().wake();
+        to_python(py, Error::Ring { queue: vring.index(), reason })
+    }
+
+    fn polls(&self) -> bool {
+        self.busy_poll.load(Ordering::Relaxed) > 0
+    }
+
+    /// Wait until something happens, `timeout` passes, or a signal arrives. Rings that were busy until now, and have not
+    /// been told to kick, are looked at for a while first. Returns whether they were looked at long enough.
+    fn wait(&self, pending: &[u16], timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<bool, Error> {
+        let most = Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed));
+        if most.is_zero() || timeout.is_some_and(|timeout| timeout.is_zero()) {
+            // More is known to be waiting: look at the descriptors, but do not sleep.
+            self.events.wait(if pending.is_empty() { timeout } else { Some(Duration::ZERO) }, events)?;
+            return Ok(true);
+        }
+        let begin = Instant::now();
+        if pending.is_empty() {
+            self.events.wait(timeout, events)?;
+            // Who sleeps for a shorter time than it might have looked should have looked.
+            if begin.elapsed() < most {
+                lock(&self.inner).window = most;
+            }
+            return Ok(true);
+        }
+        let window = lock(&self.inner).window;
+        while begin.elapsed() < window {
+            for _ in 0..LOOKS {
+                if pending.iter().any(|queue| self.vrings[usize::from(*queue)].available() > 0) {
+                    lock(&self.inner).window = most;
+                    return Ok(false);
+                }
+                std::hint::spin_loop();
+            }
+            self.events.wait(Some(Duration::ZERO), events)?;
+            if !events.is_empty() {
+                return Ok(false);
+            }
+        }
+        lock(&self.inner).window = if window < LEAST_WINDOW { Duration::ZERO } else { window / 2 };
+        self.events.wait(Some(Duration::ZERO), events)?;
+        Ok(true)
+    }
+
     /// One turn of the loop.
     fn turn(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<bool> {
-        let mut events = {
+        let (mut events, polled) = {
             let mut inner = lock(&self.inner);
-            // More is known to be waiting: look at the descriptors, but do not sleep.
-            let timeout = if inner.pending.is_empty() { timeout } else { Some(Duration::ZERO) };
             let mut events = std::mem::take(&mut inner.events);
+            let pending = inner.pending.clone();
             drop(inner);
-            let waited = py.detach(|| self.events.wait(timeout, &mut events));
-            waited.map_err(|error| to_python(py, error))?;
-            events
+            let waited = py.detach(|| self.wait(&pending, timeout, &mut events));
+            let long_enough = waited.map_err(|error| to_python(py, error))?;
+            (events, if long_enough { pending } else { Vec::new() })
         };
         let mut turn = Turn { backend: self, py, fatal: py.check_signals().err() };
         turn.call_soon();
@@ -395,7 +513,7 @@ impl Backend {
         }
         lock(&self.inner).events = events;
         self.channel.settle();
-        turn.look_at_pending();
+        turn.look_at_pending(&polled);
         turn.with_session(|session, hooks| session.resume(hooks));
         turn.with_session(|session, hooks| match session.check_memory() {
             Ok(()) => Ok(Flow::Continue),
@@ -426,6 +544,36 @@ impl Backend {
     }
 }
 
+/// What was pushed and is to be completed together.
+struct Pushed<'a> {
+    vring: &'a Vring,
+    run: Option<Arc<Run>>,
+    used: Vec<Used>,
+    /// The chains of `used`, after others that are done.
+    chains: Vec<Chain>,
+    /// Chains to fill again, and room for the next.
+    spare: Vec<Chain>,
+    taken: Vec<Chain>,
+}
+
+impl Pushed<'_> {
+    fn add(&mut self, run: &Arc<Run>, chain: Chain, written: u32) {
+        if self.run.as_ref().is_none_or(|current| !Arc::ptr_eq(current, run)) {
+            self.complete();
+            self.run = Some(Arc::clone(run));
+        }
+        self.used.push(Used { head: chain.head(), written });
+        self.chains.push(chain);
+    }
+
+    fn complete(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.vring.complete(&run, &self.used, &self.chains[self.chains.len() - self.used.len()..]);
+        }
+        self.used.clear();
+    }
+}
+
 /// What one turn of the loop works with.
 pub(super) struct Turn<'a, 'py> {
     backend: &'a Backend,
@@ -446,7 +594,11 @@ impl<'py> Turn<'_, 'py> {
                     session.on_kick(queue, hooks);
                     Ok(Flow::Continue)
                 });
-                self.process(queue);
+                // A ring that is being polled does not need the kick.
+                let polled = self.backend.polls() && lock(&self.backend.inner).pending.contains(&queue);
+                if !polled {
+                    self.process(queue);
+                }
             }
             Event::Ready { token: Token::Device(id), readable, writable } => {
                 let callback = lock(&self.backend.watchers).get(&id).map(|callback| callback.clone_ref(self.py));
@@ -524,21 +676,11 @@ impl<'py> Turn<'_, 'py> {
             }
             return;
         };
-        let (mut chains, mut spare, mut used) = {
-            let mut inner = lock(&self.backend.inner);
-            (std::mem::take(&mut inner.chains), std::mem::take(&mut inner.spare), std::mem::take(&mut inner.used))
-        };
-        match vring.take(BATCH, &mut chains, &mut spare) {
+        let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
+        match vring.take(BATCH, &mut workspace.chains, &mut workspace.spare) {
             Taken::Chains(run) => {
-                for chain in chains.drain(..) {
-                    let request = Request::new(Arc::clone(vring), Arc::clone(&run), chain, false);
-                    if let Some(entry) = self.handle(queue, &handler, request, &mut spare) {
-                        used.push(entry);
-                    }
-                }
-                let done = spare.len() - used.len();
-                vring.complete(&run, &used, &spare[done..]);
-                used.clear();
+                let result = workspace.handle(self.py, Origin { vring, run: &run }, &handler, self);
+                self.survive(result, "making a request");
                 let mut inner = lock(&self.backend.inner);
                 inner.polls_in_vain = 0;
                 // Only a look that finds nothing asks the driver to kick.
@@ -552,36 +694,19 @@ impl<'py> Turn<'_, 'py> {
                 self.report_broken();
             }
         }
-        let mut inner = lock(&self.backend.inner);
-        (inner.chains, inner.spare, inner.used) = (chains, spare, used);
+        lock(&self.backend.inner).workspaces[usize::from(queue)] = workspace;
     }
 
-    fn handle(&mut self, queue: u16, handler: &Py<PyAny>, request: Request, spare: &mut Vec<Chain>) -> Option<Used> {
-        let request = match Py::new(self.py, request) {
-            Ok(request) => request,
-            Err(error) => {
-                self.survive(Err(error), "making a request");
-                return None;
-            }
-        };
-        if let Err(error) = handler.call1(self.py, (&request,)) {
-            self.backend.vrings[usize::from(queue)].count_error();
-            let fatal = is_fatal(self.py, &error);
-            self.tell("request_failed", (queue, &request, with_traceback(self.py, &error)));
-            if fatal {
-                self.fatal.get_or_insert(error);
-            }
-        }
-        let used = request.get().finish(self.py);
-        if used.is_some() {
-            spare.push(request.get().recycle(self.py));
-        }
-        used
-    }
-
-    fn look_at_pending(&mut self) {
+    /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
+    /// finds nothing asks the driver to kick. It is when `polled`, the queues that have been for long enough.
+    fn look_at_pending(&mut self, polled: &[u16]) {
         let pending = std::mem::take(&mut lock(&self.backend.inner).pending);
-        for queue in pending {
+        let is_due = |queue: &u16| {
+            !self.backend.polls() || polled.contains(queue) || self.backend.vrings[usize::from(*queue)].available() > 0
+        };
+        let (now, later): (Vec<_>, Vec<_>) = pending.into_iter().partition(is_due);
+        lock(&self.backend.inner).pending = later;
+        for queue in now {
             self.process(queue);
         }
     }
@@ -633,6 +758,17 @@ impl<'py> Turn<'_, 'py> {
             if let Err(second) = reported {
                 second.write_unraisable(self.py, None);
             }
+        }
+    }
+}
+
+impl Failures for Turn<'_, '_> {
+    fn request_failed(&mut self, request: &Py<Request>, error: &PyErr) {
+        let queue = request.get().queue();
+        self.backend.vrings[usize::from(queue)].count_error();
+        self.tell("request_failed", (queue, request, with_traceback(self.py, error)));
+        if is_fatal(self.py, error) {
+            self.fatal.get_or_insert_with(|| error.clone_ref(self.py));
         }
     }
 }

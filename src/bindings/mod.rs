@@ -5,17 +5,22 @@
 //! interpreter might hold for long.
 
 mod backend;
+mod batch;
 mod buffer;
 mod codec;
+mod disk;
 mod errors;
 mod extensions;
 mod frontend;
+mod layout;
 mod load;
 mod request;
 
 pub use backend::Backend;
+pub use batch::BatchHandler;
 pub use buffer::GuestBuffer;
 pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
+pub use disk::transfer_blocks;
 pub use frontend::{Frontend, FrontendQueue, InflightRecord, Memory, add_tables};
 pub use load::{Load, LoadResult};
 pub use request::Request;

@@ -8,14 +8,19 @@ use pyo3::exceptions::{PyOSError, PyResourceWarning, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyBytes, PyList, PyMemoryView, PyTuple};
+use pyo3::types::{PyBytes, PyInt, PyList, PyMemoryView, PyTuple};
 use rustix::io::Errno;
 
 use super::buffer::GuestBuffer;
 use super::errors;
+use super::layout::Layout;
 use crate::backend::{Run, Vring};
 use crate::memory::{Segment, for_range, transfer};
 use crate::virtqueue::{Chain, Used};
+
+/// Up to this many bytes are taken from the page cache, if they are there, by a thread that keeps the interpreter: to let
+/// go of it and to take it again is as much work.
+const WITHOUT_WAITING: u64 = 16 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -27,14 +32,18 @@ enum Phase {
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     phase: Phase,
-    chain: Chain,
-    read: u64,
-    written: u64,
+    /// The life of the ring that the chain came from; it keeps the memory of the chain. None once it is completed.
+    run: Option<Arc<Run>>,
+    pub(super) chain: Chain,
+    pub(super) read: u64,
+    pub(super) written: u64,
     /// Buffers that were handed out, and the line that asked for them.
-    lent: Vec<(Py<GuestBuffer>, Py<PyAny>, u32)>,
+    lent: Lent,
 }
+
+type Lent = Vec<(Py<GuestBuffer>, Py<PyAny>, u32)>;
 
 /// A request: what the driver wrote for the device to read, and room for what the device answers.
 ///
@@ -43,43 +52,57 @@ struct State {
 #[derive(Debug)]
 pub struct Request {
     vring: Arc<Vring>,
-    run: Arc<Run>,
     state: Mutex<State>,
 }
 
 impl Request {
     pub(super) fn new(vring: Arc<Vring>, run: Arc<Run>, chain: Chain, detached: bool) -> Self {
         let phase = if detached { Phase::Detached } else { Phase::Handled };
-        Self { vring, run, state: Mutex::new(State { phase, chain, read: 0, written: 0, lent: Vec::new() }) }
+        let state = State { phase, run: Some(run), chain, read: 0, written: 0, lent: Vec::new() };
+        Self { vring, state: Mutex::new(state) }
     }
 
-    /// The handler returned. What goes back to the driver, unless the request was completed or detached by then.
-    pub(super) fn finish(&self, py: Python<'_>) -> Option<Used> {
+    /// Make a completed request that nobody else has into the next one of the same queue.
+    pub(super) fn renew(&self, py: Python<'_>, run: Arc<Run>, chain: Chain) {
+        let mut state = self.lock(py);
+        debug_assert!(state.phase == Phase::Completed && state.lent.is_empty());
+        *state = State { phase: Phase::Handled, run: Some(run), chain, read: 0, written: 0, lent: Vec::new() };
+    }
+
+    /// The handler returned. What goes back to the driver, and the chain for another request, unless the request was
+    /// completed or detached by then.
+    pub(super) fn finish(&self, py: Python<'_>) -> Option<(Used, Chain)> {
         let mut state = self.lock(py);
         if state.phase != Phase::Handled {
             return None;
         }
-        state.phase = Phase::Completed;
-        let used = state.used();
-        let lent = std::mem::take(&mut state.lent);
+        let (used, lent, _run) = state.complete();
+        let chain = std::mem::take(&mut state.chain);
         drop(state);
-        report_lent(py, &lent, self.vring.index());
-        Some(used)
+        if !lent.is_empty() {
+            report_lent(py, &lent, self.vring.index());
+        }
+        Some((used, chain))
+    }
+
+    /// Whether the request waits for its handler to return.
+    pub(super) fn is_handled(&self, py: Python<'_>) -> bool {
+        self.lock(py).phase == Phase::Handled
+    }
+
+    /// Whether nothing can be done with the request any more, and nothing of it is lent.
+    pub(super) fn is_spent(&self, py: Python<'_>) -> bool {
+        self.lock(py).phase == Phase::Completed
     }
 
     /// Give the request back to the driver's queue as if it had not been taken; or answer it, if that is too late.
     pub(super) fn put_back(&self, py: Python<'_>) {
         let mut state = self.lock(py);
-        if self.vring.put_back(&self.run, &state.chain) {
-            state.phase = Phase::Completed;
+        if state.run.as_ref().is_some_and(|run| self.vring.put_back(run, &state.chain)) {
+            state.complete();
         } else {
             self.complete_now(py, state);
         }
-    }
-
-    /// The chain of a completed request, for another one.
-    pub(super) fn recycle(&self, py: Python<'_>) -> Chain {
-        std::mem::take(&mut self.lock(py).chain)
     }
 
     /// Wait for the state without the interpreter: whoever has it may be waiting for that.
@@ -87,19 +110,33 @@ impl Request {
         self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same on a thread that has let go of the interpreter.
-    fn lock_detached(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The state on a thread that has let go of the interpreter. An error if another thread has completed the request
+    /// meanwhile: its memory may be gone.
+    pub(super) fn open_detached(&self) -> Result<MutexGuard<'_, State>, Interrupted> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.run.is_some() { Ok(state) } else { Err(Interrupted::Completed) }
+    }
+
+    fn interrupted(&self, py: Python<'_>, doing: &str, reason: Interrupted) -> PyErr {
+        match reason {
+            Interrupted::Completed => self.was_completed(py),
+            Interrupted::Failed(errno) => PyOSError::new_err((errno.raw_os_error(), format!("{doing}: {errno}"))),
+        }
+    }
+
+    #[cold]
+    fn was_completed(&self, py: Python<'_>) -> PyErr {
+        let index = self.vring.index();
+        errors::request_completed(py, format!("queue {index}: the request was already completed"))
     }
 
     /// The state, if the request can still be worked on.
     fn open(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, State>> {
         let state = self.lock(py);
         if state.phase == Phase::Completed {
-            let index = self.vring.index();
-            return Err(errors::request_completed(py, format!("queue {index}: the request was already completed")));
+            return Err(self.was_completed(py));
         }
-        if !self.vring.is_current(&self.run) {
+        if !state.is_current(&self.vring) {
             let index = self.vring.index();
             return Err(errors::request_revoked(
                 py,
@@ -111,10 +148,10 @@ impl Request {
 
     fn complete_now(&self, py: Python<'_>, state: MutexGuard<'_, State>) {
         let mut state = state;
-        state.phase = Phase::Completed;
-        let used = state.used();
-        let lent = std::mem::take(&mut state.lent);
-        self.vring.complete(&self.run, &[used], std::slice::from_ref(&state.chain));
+        let (used, lent, run) = state.complete();
+        if let Some(run) = run {
+            self.vring.complete(&run, &[used], std::slice::from_ref(&state.chain));
+        }
         drop(state);
         report_lent(py, &lent, self.vring.index());
     }
@@ -126,37 +163,21 @@ impl Request {
         } else {
             rest_of(&state.chain, false, state.read)
         };
+        // `open` gave it to us with its run.
+        let Some(run) = state.run.clone() else { return Ok(PyList::empty(py)) };
         drop(state);
         let (file, line) = caller(py);
         let views = PyList::empty(py);
         for segment in segments {
-            let buffer = Bound::new(py, GuestBuffer::new(segment, writable, Arc::clone(&self.run)))?;
+            let buffer = Bound::new(py, GuestBuffer::new(segment, writable, Arc::clone(&run)))?;
             views.append(PyMemoryView::from(buffer.as_any())?)?;
             self.lock(py).lent.push((buffer.unbind(), file.clone_ref(py), line));
         }
         Ok(views)
     }
 
-    pub(super) fn write_bytes(&self, py: Python<'_>, bytes: &[u8]) -> PyResult<usize> {
-        let mut state = self.open(py)?;
-        let left = state.chain.writable() - state.written;
-        if bytes.len() as u64 > left {
-            return Err(self.overflow(py, bytes.len() as u64, left));
-        }
-        // SAFETY: `self.run` keeps the snapshot of the chain.
-        unsafe { state.chain.write(state.written, bytes) };
-        state.written += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
     fn overflow(&self, py: Python<'_>, wanted: u64, left: u64) -> PyErr {
-        errors::request_overflow(
-            py,
-            format!(
-                "queue {}: {wanted} bytes do not fit in the {left} writable bytes that are left",
-                self.vring.index()
-            ),
-        )
+        overflow(py, self.vring.index(), wanted, left)
     }
 }
 
@@ -164,7 +185,7 @@ impl Request {
 impl Request {
     /// Index of the queue that the request came on.
     #[getter]
-    fn queue(&self) -> u16 {
+    pub(super) fn queue(&self) -> u16 {
         self.vring.index()
     }
 
@@ -197,7 +218,7 @@ impl Request {
     /// Whether the request was completed, or its driver is gone.
     #[getter]
     fn completed(&self, py: Python<'_>) -> bool {
-        self.lock(py).phase == Phase::Completed || !self.vring.is_current(&self.run)
+        !self.lock(py).is_current(&self.vring)
     }
 
     #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
@@ -206,7 +227,7 @@ impl Request {
         let left = state.chain.readable() - state.read;
         let length = u64::try_from(size).map_or(left, |size| size.min(left));
         let bytes = PyBytes::new_with(py, length as usize, |bytes| {
-            // SAFETY: `self.run` keeps the snapshot of the chain.
+            // SAFETY: `state.run` keeps the snapshot of the chain.
             unsafe { state.chain.read(state.read, bytes) };
             Ok(())
         })?;
@@ -223,7 +244,7 @@ impl Request {
         let mut state = self.open(py)?;
         let mut done = 0;
         for_range(state.chain.readable_segments(), state.read, buffer.len_bytes(), |segment| {
-            // SAFETY: the segment is mapped as long as `self.run`; `target` has `len_bytes` bytes, of which the pieces
+            // SAFETY: the segment is mapped as long as `state.run`; `target` has `len_bytes` bytes, of which the pieces
             // use disjoint parts in order, and the export keeps it alive. Python code that writes to it at the same
             // time gets a mixture, as with any buffer.
             unsafe { std::ptr::copy(segment.pointer.as_ptr(), target.add(done), segment.length) };
@@ -234,23 +255,10 @@ impl Request {
     }
 
     pub(super) fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-        if let Ok(bytes) = data.cast::<PyBytes>() {
-            return self.write_bytes(py, bytes.as_bytes());
-        }
-        let buffer = PyUntypedBuffer::get(data)?;
-        let source = contiguous(&buffer)?;
-        let length = buffer.len_bytes();
+        let source = Source::new(data)?;
         let mut state = self.open(py)?;
-        let left = state.chain.writable() - state.written;
-        if length as u64 > left {
-            return Err(self.overflow(py, length as u64, left));
-        }
-        let mut done = 0;
-        for_range(state.chain.writable_segments(), state.written, length, |segment| {
-            // SAFETY: as in `readinto`, with the direction turned around.
-            unsafe { std::ptr::copy(source.add(done), segment.pointer.as_ptr(), segment.length) };
-            done += segment.length;
-        });
+        // SAFETY: `state.run` keeps the snapshot of the chain.
+        let done = unsafe { source.copy_to(py, self.vring.index(), &state.chain, state.written) }?;
         state.written += done as u64;
         Ok(done)
     }
@@ -263,29 +271,31 @@ impl Request {
         let Some(start) = total.checked_sub(length).filter(|start| *start >= state.written) else {
             return Err(self.overflow(py, length, total - state.written));
         };
-        // SAFETY: `self.run` keeps the snapshot of the chain.
+        // SAFETY: `state.run` keeps the snapshot of the chain.
         unsafe { state.chain.write(start, data) };
         state.written = total;
         Ok(())
     }
 
     fn unpack<'py>(&self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
-        let module = py.import(intern!(py, "struct"))?;
-        let layout = if format.hasattr(intern!(py, "unpack_from"))? {
-            format.clone()
-        } else {
-            module.call_method1(intern!(py, "Struct"), (format,))?
-        };
-        let size: u64 = layout.getattr(intern!(py, "size"))?.extract()?;
-        let left = self.readable(py);
-        if size > left {
-            return Err(errors::request_underflow(
-                py,
-                format!("queue {}: {size} bytes are needed, {left} are left to read", self.vring.index()),
-            ));
-        }
-        let bytes = self.read(py, size as i64)?;
-        Ok(layout.call_method1(intern!(py, "unpack"), (bytes,))?.cast_into()?)
+        Layout::with(format, |layout| {
+            let size = layout.size();
+            let mut state = self.open(py)?;
+            let left = state.chain.readable() - state.read;
+            if size as u64 > left {
+                let index = self.vring.index();
+                return Err(errors::request_underflow(
+                    py,
+                    format!("queue {index}: {size} bytes are needed, {left} are left to read"),
+                ));
+            }
+            layout.read(py, |bytes| {
+                // SAFETY: `state.run` keeps the snapshot of the chain.
+                unsafe { state.chain.read(state.read, bytes) };
+                state.read += size as u64;
+                drop(state);
+            })
+        })
     }
 
     fn skip(&self, py: Python<'_>, count: u64) -> PyResult<()> {
@@ -320,22 +330,32 @@ impl Request {
 
     #[pyo3(signature = (file, offset, count = None))]
     fn copy_from_file(&self, py: Python<'_>, file: FileDescriptor, offset: u64, count: Option<u64>) -> PyResult<u64> {
-        let state = self.open(py)?;
+        let mut state = self.open(py)?;
         let left = state.chain.writable() - state.written;
         let count = count.unwrap_or(left);
         if count > left {
             return Err(self.overflow(py, count, left));
         }
-        drop(state);
-        py.detach(|| {
-            let mut state = self.lock_detached();
+        if count <= WITHOUT_WAITING {
             let segments = state.chain.writable_segments();
-            // SAFETY: `self.run` keeps the snapshot of the chain.
+            // SAFETY: `state.run` keeps the snapshot of the chain.
+            let done = unsafe { transfer::from_cache(segments, state.written, count, file.borrow(), offset) };
+            if done == Some(count) {
+                state.written += count;
+                return Ok(count);
+            }
+        }
+        drop(state);
+        let transfer = || {
+            let mut state = self.open_detached()?;
+            let count = count.min(state.chain.writable() - state.written);
+            let segments = state.chain.writable_segments();
+            // SAFETY: `state.run` keeps the snapshot of the chain, and is there as long as we have the lock.
             let done = unsafe { transfer::from_file(segments, state.written, count, file.borrow(), offset) }?;
             state.written += done;
             Ok(done)
-        })
-        .map_err(|errno| os_error("reading a file into a request", errno))
+        };
+        py.detach(transfer).map_err(|reason| self.interrupted(py, "reading a file into a request", reason))
     }
 
     #[pyo3(signature = (file, offset, count = None))]
@@ -351,15 +371,16 @@ impl Request {
             ));
         }
         drop(state);
-        py.detach(|| {
-            let mut state = self.lock_detached();
+        let transfer = || {
+            let mut state = self.open_detached()?;
+            let count = count.min(state.chain.readable() - state.read);
             let segments = state.chain.readable_segments();
-            // SAFETY: `self.run` keeps the snapshot of the chain.
+            // SAFETY: as in `copy_from_file`.
             let done = unsafe { transfer::to_file(segments, state.read, count, file.borrow(), offset) }?;
             state.read += done;
             Ok(done)
-        })
-        .map_err(|errno| os_error("writing a request to a file", errno))
+        };
+        py.detach(transfer).map_err(|reason| self.interrupted(py, "writing a request to a file", reason))
     }
 
     /// Keep the request after the handler returns: complete it later, from any thread.
@@ -393,10 +414,10 @@ impl Request {
 impl Drop for Request {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if state.phase != Phase::Completed && self.vring.is_current(&self.run) {
+        if let Some(run) = state.run.take().filter(|run| self.vring.is_current(run)) {
             // The driver would wait for ever.
             let used = state.used();
-            self.vring.complete(&self.run, &[used], std::slice::from_ref(&state.chain));
+            self.vring.complete(&run, &[used], std::slice::from_ref(&state.chain));
             self.vring.count_error();
             log::warn!(
                 "queue {}: a request was dropped without complete(); it was answered with {} bytes",
@@ -407,19 +428,99 @@ impl Drop for Request {
     }
 }
 
+/// Bytes that Python code gave us. To get at them, and to let go of them, may run more of it: no lock may be held then.
+pub(super) enum Source<'a, 'py> {
+    Bytes(&'a Bound<'py, PyBytes>),
+    Buffer(PyUntypedBuffer),
+}
+
+impl<'a, 'py> Source<'a, 'py> {
+    pub(super) fn new(data: &'a Bound<'py, PyAny>) -> PyResult<Self> {
+        if let Ok(bytes) = data.cast::<PyBytes>() {
+            return Ok(Self::Bytes(bytes));
+        }
+        let buffer = PyUntypedBuffer::get(data)?;
+        contiguous(&buffer)?;
+        Ok(Self::Buffer(buffer))
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.as_bytes().len(),
+            Self::Buffer(buffer) => buffer.len_bytes(),
+        }
+    }
+
+    /// Copy everything into a chain of `queue`, from byte `start` of its writable part on. Returns how many bytes that were:
+    /// all, or it is an error.
+    ///
+    /// # Safety
+    /// The snapshot under which the chain was filled must be alive.
+    pub(super) unsafe fn copy_to(&self, py: Python<'_>, queue: u16, chain: &Chain, start: u64) -> PyResult<usize> {
+        let left = chain.writable() - start;
+        if self.len() as u64 > left {
+            return Err(overflow(py, queue, self.len() as u64, left));
+        }
+        match self {
+            // SAFETY: as the caller vouches.
+            Self::Bytes(bytes) => Ok(unsafe { chain.write(start, bytes.as_bytes()) }),
+            Self::Buffer(buffer) => {
+                let source: *const u8 = buffer.buf_ptr().cast();
+                let mut done = 0;
+                for_range(chain.writable_segments(), start, buffer.len_bytes(), |segment| {
+                    // SAFETY: as in `readinto`, with the direction turned around.
+                    unsafe { std::ptr::copy(source.add(done), segment.pointer.as_ptr(), segment.length) };
+                    done += segment.length;
+                });
+                Ok(done)
+            }
+        }
+    }
+}
+
+fn overflow(py: Python<'_>, queue: u16, wanted: u64, left: u64) -> PyErr {
+    errors::request_overflow(
+        py,
+        format!("queue {queue}: {wanted} bytes do not fit in the {left} writable bytes that are left"),
+    )
+}
+
 impl State {
+    /// Whether the request can be worked on: neither completed, nor of a driver that is gone.
+    fn is_current(&self, vring: &Vring) -> bool {
+        self.run.as_ref().is_some_and(|run| vring.is_current(run))
+    }
+
+    /// Nobody works on the request any more. What goes back to the driver, and what is to be let go of without the lock.
+    fn complete(&mut self) -> (Used, Lent, Option<Arc<Run>>) {
+        self.phase = Phase::Completed;
+        (self.used(), std::mem::take(&mut self.lent), self.run.take())
+    }
+
     fn used(&self) -> Used {
         // A chain holds no more bytes than this can say; that was checked when it was taken.
         Used { head: self.chain.head(), written: self.written as u32 }
     }
 }
 
+/// Why a transfer between a file and a request did not take place.
+pub(super) enum Interrupted {
+    Completed,
+    Failed(Errno),
+}
+
+impl From<Errno> for Interrupted {
+    fn from(errno: Errno) -> Self {
+        Self::Failed(errno)
+    }
+}
+
 /// A descriptor, or something with a fileno().
 #[derive(Debug)]
-struct FileDescriptor(i32);
+pub struct FileDescriptor(i32);
 
 impl FileDescriptor {
-    fn borrow(&self) -> BorrowedFd<'_> {
+    pub(super) fn borrow(&self) -> BorrowedFd<'_> {
         // SAFETY: the caller of the method holds the file open; a number that was closed makes the system call fail.
         unsafe { BorrowedFd::borrow_raw(self.0) }
     }
@@ -429,9 +530,10 @@ impl<'py> FromPyObject<'_, 'py> for FileDescriptor {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        let number: i32 = match object.extract() {
-            Ok(number) => number,
-            Err(_) => object.call_method0(intern!(object.py(), "fileno"))?.extract()?,
+        let number: i32 = if object.is_instance_of::<PyInt>() {
+            object.extract()?
+        } else {
+            object.call_method0(intern!(object.py(), "fileno"))?.extract()?
         };
         if number < 0 { Err(PyValueError::new_err("a file descriptor is not negative")) } else { Ok(Self(number)) }
     }
@@ -450,10 +552,6 @@ fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<*mut u8> {
     } else {
         Err(PyValueError::new_err("the buffer is not contiguous; copy it with bytes() first"))
     }
-}
-
-fn os_error(doing: &str, errno: Errno) -> PyErr {
-    PyOSError::new_err((errno.raw_os_error(), format!("{doing}: {errno}")))
 }
 
 /// The Python line that is running: its code object, and its number.

@@ -27,6 +27,29 @@ pub unsafe fn from_file(
     })
 }
 
+/// Fill `count` bytes of `segments`, from byte `start` on, with what the page cache has from `offset` of a file on. None if
+/// it does not have all of it, or cannot be asked: what was filled then is to be filled again.
+///
+/// # Safety
+/// The snapshot that made the segments must be alive.
+pub unsafe fn from_cache(
+    segments: &[Segment],
+    start: u64,
+    count: u64,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Option<u64> {
+    let mut asked = false;
+    let done = transfer(segments, start, count, offset, |pieces, at| {
+        if std::mem::replace(&mut asked, true) {
+            return 0;
+        }
+        // SAFETY: as in `from_file`.
+        unsafe { libc::preadv2(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32, at, libc::RWF_NOWAIT) }
+    });
+    done.ok().filter(|done| *done == count)
+}
+
 /// Write `count` bytes of `segments`, from byte `start` on, to `offset` of a file. Returns how many were written.
 ///
 /// # Safety

@@ -21,9 +21,10 @@ import os
 import stat
 import struct
 import weakref
+from collections.abc import Callable, Iterator
 
 from .. import config
-from .._core import Request
+from .._core import Request, transfer_blocks
 from ..device import Device
 from ..errors import RequestError
 from ..ids import DeviceId
@@ -210,6 +211,13 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     # --- Requests ---------------------------------------------------------------------------------------------------
 
+    @requestqs.batch_handler
+    def transfer(self, requests: list[Request]) -> list[Request]:
+        """Do what can be done without Python: reads and writes that are nobody's special wish. Returns the others."""
+        if not all(getattr(method, "__func__", None) is plain for method, plain in self._transfer_methods()):
+            return requests
+        return transfer_blocks(requests, self._fd, self.capacity, not self.read_only and self._has_cache)
+
     @requestqs.handler
     def execute(self, request: Request) -> None:
         """Do what a request asks for, and write its status.
@@ -292,10 +300,20 @@ class Blk(Device, device_id=DeviceId.BLOCK):
                 ranges.append((self._offset(sector, sectors * SECTOR), sectors * SECTOR, flags))
         return ranges
 
+    def _transfer_methods(self) -> Iterator[tuple[Callable[..., object], Callable[..., object]]]:
+        """The methods that a read or a write goes through, and what they are unless somebody overrides them."""
+        yield self.execute, Blk.execute
+        yield self.read, Blk.read
+        yield self.write, Blk.write
+
+    @property
+    def _has_cache(self) -> bool:
+        """Whether the driver knows of a cache that it has to flush by itself."""
+        return bool(self.wce if self.negotiated & F_CONFIG_WCE else self.negotiated & F_FLUSH)
+
     def _write_through(self) -> None:
-        """Flush, unless the driver knows of a cache that it has to flush by itself."""
-        has_cache = self.wce if self.negotiated & F_CONFIG_WCE else self.negotiated & F_FLUSH
-        if not has_cache:
+        """Flush, unless the driver does that."""
+        if not self._has_cache:
             self.flush()
 
 

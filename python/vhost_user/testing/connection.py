@@ -81,7 +81,11 @@ def _unanswered(device: Device, frontend: Frontend) -> list[str]:
     """Take the queues away from the device, and see what it has not given back."""
     if frontend.closed:
         return []
-    handled = [queue for declaration in device._handlers for queue in device._runtime.queues_of(declaration)]
+    handled = [
+        queue
+        for declaration in {**device._handlers, **device._batch_handlers}
+        for queue in device._runtime.queues_of(declaration)
+    ]
     _wait_until(lambda: not any(queue.available for queue in handled if queue.status == "running"))
     if any(queue.in_flight for queue in device.queues):
         # A device that keeps buffers for later gives them back when it is told to stop. It may never answer to that.

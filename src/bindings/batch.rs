@@ -1,0 +1,245 @@
+//! A batch of requests on its way through Python handlers.
+//!
+//! Owns the objects that are used again for the next batch: requests that nobody kept, chains, lists.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use pyo3::{PyTraverseError, PyVisit, ffi};
+
+use super::request::Request;
+use crate::backend::{Run, Vring};
+use crate::virtqueue::{Chain, Used};
+
+/// How long requests that are done may wait for others of their batch before the driver sees them.
+const PATIENCE: Duration = Duration::from_micros(50);
+
+/// Who takes the requests of a queue together, and who takes those one by one that are left then.
+#[pyclass(frozen, module = "vhost_user._core")]
+#[derive(Debug)]
+pub struct BatchHandler {
+    together: Py<PyAny>,
+    each: Option<Py<PyAny>>,
+}
+
+#[pymethods]
+impl BatchHandler {
+    #[new]
+    fn new(together: Py<PyAny>, each: Option<Py<PyAny>>) -> Self {
+        Self { together, each }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.together)?;
+        self.each.iter().try_for_each(|each| visit.call(each))
+    }
+}
+
+/// What the batches of one queue are worked on with. Nothing in it keeps a driver's memory between two batches.
+#[derive(Debug, Default)]
+pub(super) struct Workspace {
+    pub(super) chains: Vec<Chain>,
+    pub(super) spare: Vec<Chain>,
+    used: Vec<Used>,
+    /// Completed requests that nobody else has.
+    requests: Vec<Py<Request>>,
+}
+
+/// The queue that a batch came on, and the life of its ring.
+#[derive(Clone, Copy)]
+pub(super) struct Origin<'a> {
+    pub(super) vring: &'a Arc<Vring>,
+    pub(super) run: &'a Arc<Run>,
+}
+
+/// Who hears of a request that failed.
+pub(super) trait Failures {
+    fn request_failed(&mut self, request: &Py<Request>, error: &PyErr);
+}
+
+impl Workspace {
+    /// Let `handler` work on the chains that were taken in `run`, and give back what is done.
+    pub(super) fn handle(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        handler: &Py<PyAny>,
+        failures: &mut dyn Failures,
+    ) -> PyResult<()> {
+        let result = match handler.bind(py).cast::<BatchHandler>() {
+            Ok(handler) => self.handle_together(py, origin, handler.get(), failures),
+            Err(_) => self.handle_each(py, origin, handler, failures),
+        };
+        self.publish(origin);
+        result
+    }
+
+    fn handle_each(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        handler: &Py<PyAny>,
+        failures: &mut dyn Failures,
+    ) -> PyResult<()> {
+        let mut pace = Pace::new();
+        let mut chains = std::mem::take(&mut self.chains);
+        for chain in chains.drain(..) {
+            let request = self.request(py, origin, chain)?;
+            self.handle_one(py, handler, &request, failures);
+            self.keep(py, request);
+            if pace.is_due() {
+                self.publish(origin);
+            }
+        }
+        self.chains = chains;
+        Ok(())
+    }
+
+    fn handle_together(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        handler: &BatchHandler,
+        failures: &mut dyn Failures,
+    ) -> PyResult<()> {
+        let mut chains = std::mem::take(&mut self.chains);
+        let requests = chains.drain(..).map(|chain| self.request(py, origin, chain));
+        let requests = requests.collect::<PyResult<Vec<_>>>()?;
+        self.chains = chains;
+        let left = match call(py, &handler.together, PyList::new(py, &requests)?.as_any()) {
+            Ok(left) if left.is_none() => Ok(Vec::new()),
+            Ok(left) => left.extract::<Vec<Py<Request>>>(),
+            Err(error) => Err(error),
+        };
+        match left {
+            Ok(left) if left.is_empty() => {}
+            Ok(left) => self.handle_left(py, origin, &requests, &left, handler, failures),
+            Err(error) => {
+                for request in requests.iter().filter(|request| request.get().is_handled(py)) {
+                    failures.request_failed(request, &error);
+                }
+            }
+        }
+        for request in requests {
+            self.finish(py, &request);
+            self.keep(py, request);
+        }
+        Ok(())
+    }
+
+    /// Work on those of `requests` one by one that are `left`. The others are done.
+    fn handle_left(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        requests: &[Py<Request>],
+        left: &[Py<Request>],
+        handler: &BatchHandler,
+        failures: &mut dyn Failures,
+    ) {
+        let mut addresses: Vec<_> = left.iter().map(Py::as_ptr).collect();
+        addresses.sort_unstable();
+        for request in requests.iter().filter(|request| addresses.binary_search(&request.as_ptr()).is_err()) {
+            self.finish(py, request);
+        }
+        self.publish(origin);
+        let mut pace = Pace::new();
+        for request in left.iter().filter(|request| request.get().is_handled(py)) {
+            if let Some(each) = &handler.each {
+                self.handle_one(py, each, request, failures);
+            } else {
+                let text = "a batch handler returned requests, but the queue has no handler that takes them one by one";
+                failures.request_failed(request, &PyTypeError::new_err(text));
+                self.finish(py, request);
+            }
+            if pace.is_due() {
+                self.publish(origin);
+            }
+        }
+    }
+
+    fn handle_one(&mut self, py: Python<'_>, handler: &Py<PyAny>, request: &Py<Request>, failures: &mut dyn Failures) {
+        if let Err(error) = call(py, handler, request.bind(py).as_any()) {
+            failures.request_failed(request, &error);
+        }
+        self.finish(py, request);
+    }
+
+    /// A request for `chain`: one that nobody has any more, or a new one.
+    fn request(&mut self, py: Python<'_>, origin: Origin<'_>, chain: Chain) -> PyResult<Py<Request>> {
+        if let Some(request) = self.requests.pop() {
+            request.get().renew(py, Arc::clone(origin.run), chain);
+            return Ok(request);
+        }
+        Py::new(py, Request::new(Arc::clone(origin.vring), Arc::clone(origin.run), chain, false))
+    }
+
+    /// The handler returned: the request is done, unless it was detached.
+    fn finish(&mut self, py: Python<'_>, request: &Py<Request>) {
+        if let Some((used, chain)) = request.get().finish(py) {
+            self.used.push(used);
+            self.spare.push(chain);
+        }
+    }
+
+    /// Keep a request that is done for the next one, if nobody else has it: then nobody can get it, because there are no
+    /// weak references to requests, and the garbage collector does not know them.
+    fn keep(&mut self, py: Python<'_>, request: Py<Request>) {
+        // SAFETY: the object is alive: we have a reference to it.
+        let references = unsafe { ffi::Py_REFCNT(request.as_ptr()) };
+        if references == 1 && request.get().is_spent(py) {
+            self.requests.push(request);
+        }
+    }
+
+    fn publish(&mut self, origin: Origin<'_>) {
+        if !self.used.is_empty() {
+            // Each came with its chain.
+            let chains = &self.spare[self.spare.len() - self.used.len()..];
+            origin.vring.complete(origin.run, &self.used, chains);
+            self.used.clear();
+        }
+    }
+}
+
+/// When to show the driver what is done of a batch that takes long. To look at the clock costs as much as a small
+/// request: it is done less and less often, as long as there is time.
+struct Pace {
+    since: Instant,
+    handled: u32,
+    look_at: u32,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { since: Instant::now(), handled: 0, look_at: 1 }
+    }
+
+    /// Another request is done: whether it is time.
+    fn is_due(&mut self) -> bool {
+        self.handled += 1;
+        if self.handled < self.look_at {
+            return false;
+        }
+        let now = Instant::now();
+        if now - self.since < PATIENCE {
+            self.look_at *= 2;
+            return false;
+        }
+        *self = Self { since: now, handled: 0, look_at: self.look_at.div_ceil(2) };
+        true
+    }
+}
+
+/// Call with one argument, for which no tuple is made.
+fn call<'py>(py: Python<'py>, callable: &Py<PyAny>, argument: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    // SAFETY: both are objects that we hold references to, the arguments end with a null, and the result is a new
+    // reference, or null with an exception set.
+    unsafe {
+        let null = std::ptr::null_mut::<ffi::PyObject>();
+        Bound::from_owned_ptr_or_err(py, ffi::PyObject_CallFunctionObjArgs(callable.as_ptr(), argument.as_ptr(), null))
+    }
+}

@@ -1,0 +1,161 @@
+//! Formats of Python's `struct` module, read straight into a tuple.
+//!
+//! A handler unpacks the same header in every request: the layout of the last format is kept, and what can be read without
+//! the `struct` module is.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use pyo3::IntoPyObjectExt;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyBytes, PyString, PyTuple};
+
+/// Larger layouts, of which there are few, go to the `struct` module.
+const MAX_SIZE: usize = 64;
+
+/// What a format describes.
+pub(super) struct Layout {
+    /// The format, as a string or a `struct.Struct`. That it is kept makes its address its identity.
+    format: Py<PyAny>,
+    size: usize,
+    /// None if only `structure` can read it.
+    fields: Option<Box<[Field]>>,
+    /// The `struct.Struct`.
+    structure: Py<PyAny>,
+}
+
+/// A value, and how many bytes from the start of the layout it is.
+struct Field {
+    offset: usize,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Unsigned { bytes: usize, big: bool },
+    Signed { bytes: usize, big: bool },
+    Bool,
+    Bytes { count: usize },
+}
+
+thread_local! {
+    static LAST: RefCell<Option<Rc<Layout>>> = const { RefCell::new(None) };
+}
+
+impl Layout {
+    /// Do something with the layout of `format`.
+    pub(super) fn with<'py, T>(format: &Bound<'py, PyAny>, work: impl FnOnce(&Self) -> PyResult<T>) -> PyResult<T> {
+        let last = LAST.with_borrow(|last| last.clone().filter(|layout| layout.format.is(format)));
+        if let Some(layout) = last {
+            return work(&layout);
+        }
+        let layout = Rc::new(Self::new(format)?);
+        let old = LAST.replace(Some(Rc::clone(&layout)));
+        drop(old);
+        work(&layout)
+    }
+
+    fn new(format: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = format.py();
+        let structure = if format.hasattr(intern!(py, "unpack_from"))? {
+            format.clone()
+        } else {
+            py.import(intern!(py, "struct"))?.call_method1(intern!(py, "Struct"), (format,))?
+        };
+        let size: usize = structure.getattr(intern!(py, "size"))?.extract()?;
+        let text = structure.getattr(intern!(py, "format"))?;
+        let fields = text.cast::<PyString>().ok().and_then(|text| fields(text.to_str().ok()?));
+        let fields = fields.filter(|(_, end)| *end == size && size <= MAX_SIZE).map(|(fields, _)| fields.into());
+        Ok(Self { format: format.clone().unbind(), size, fields, structure: structure.unbind() })
+    }
+
+    /// Bytes.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The values of bytes that `fill` provides.
+    pub(super) fn read<'py>(&self, py: Python<'py>, fill: impl FnOnce(&mut [u8])) -> PyResult<Bound<'py, PyTuple>> {
+        let Some(fields) = &self.fields else {
+            let bytes = PyBytes::new_with(py, self.size, |bytes| {
+                fill(bytes);
+                Ok(())
+            })?;
+            let values = self.structure.bind(py).call_method1(intern!(py, "unpack"), (bytes,))?;
+            return Ok(values.cast_into()?);
+        };
+        let mut space = [0; MAX_SIZE];
+        let bytes = &mut space[..self.size];
+        fill(bytes);
+        let bytes = &*bytes;
+        PyTuple::new(py, fields.iter().map(|field| field.value(py, bytes)).collect::<PyResult<Vec<_>>>()?)
+    }
+}
+
+impl Field {
+    fn value<'py>(&self, py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+        let number = |count: usize, big: bool| {
+            let part = &bytes[self.offset..self.offset + count];
+            let add = |value: u64, byte: &u8| value << 8 | u64::from(*byte);
+            if big { part.iter().fold(0, add) } else { part.iter().rev().fold(0, add) }
+        };
+        match self.kind {
+            Kind::Unsigned { bytes, big } => number(bytes, big).into_bound_py_any(py),
+            Kind::Signed { bytes, big } => {
+                let unused = 64 - 8 * bytes as u32;
+                ((number(bytes, big) << unused) as i64 >> unused).into_bound_py_any(py)
+            }
+            Kind::Bool => Ok(PyBool::new(py, bytes[self.offset] != 0).to_owned().into_any()),
+            Kind::Bytes { count } => Ok(PyBytes::new(py, &bytes[self.offset..self.offset + count]).into_any()),
+        }
+    }
+}
+
+/// The fields of a format of standard sizes, and how many bytes they have; None for what is left to the `struct` module.
+fn fields(format: &str) -> Option<(Vec<Field>, usize)> {
+    let big = match format.chars().next()? {
+        '<' => false,
+        '>' | '!' => true,
+        _ => return None,
+    };
+    let (mut fields, mut offset, mut count) = (Vec::new(), 0usize, None);
+    for code in format[1..].chars() {
+        if let Some(digit) = code.to_digit(10) {
+            count = Some(count.unwrap_or(0usize).checked_mul(10)?.checked_add(digit as usize)?);
+            continue;
+        }
+        let repeat = count.take();
+        let (kind, bytes) = match code {
+            'x' => {
+                offset = offset.checked_add(repeat.unwrap_or(1))?;
+                continue;
+            }
+            's' => {
+                let count = repeat.unwrap_or(1);
+                fields.push(Field { offset, kind: Kind::Bytes { count } });
+                offset = offset.checked_add(count)?;
+                continue;
+            }
+            'c' => (Kind::Bytes { count: 1 }, 1),
+            '?' => (Kind::Bool, 1),
+            'B' => (Kind::Unsigned { bytes: 1, big }, 1),
+            'b' => (Kind::Signed { bytes: 1, big }, 1),
+            'H' => (Kind::Unsigned { bytes: 2, big }, 2),
+            'h' => (Kind::Signed { bytes: 2, big }, 2),
+            'I' | 'L' => (Kind::Unsigned { bytes: 4, big }, 4),
+            'i' | 'l' => (Kind::Signed { bytes: 4, big }, 4),
+            'Q' => (Kind::Unsigned { bytes: 8, big }, 8),
+            'q' => (Kind::Signed { bytes: 8, big }, 8),
+            _ => return None,
+        };
+        for _ in 0..repeat.unwrap_or(1) {
+            if offset > MAX_SIZE {
+                return None;
+            }
+            fields.push(Field { offset, kind });
+            offset += bytes;
+        }
+    }
+    Some((fields, offset))
+}

@@ -1,0 +1,329 @@
+"""Requests that are handed over together, pushes of many, and the pace at which a driver sees what is done."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vhost_user as vu
+from raw import NO_NOTIFY, FrontEnd, Memory, Ring, wait_until
+from specimens import NO_TYPE, Connect, Reverse, Serve
+from vhost_user.testing import connect as connect_driver
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Together(vu.Device, device_id=NO_TYPE):
+    """Answers a batch with how many it is of; those that begin with "x" it leaves."""
+
+    requestq = vu.Queue()
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.kept: list[vu.Request] = []
+
+    @requestq.batch_handler
+    def answer(self, requests: list[vu.Request]) -> list[vu.Request]:
+        self.batches.append(len(requests))
+        left = []
+        for at, request in enumerate(requests):
+            kind = request.read(1)
+            if kind == b"x":
+                left.append(request)
+            elif kind == b"k":
+                self.kept.append(request.detach())
+            elif kind == b"!":
+                raise ValueError("a bad batch")
+            else:
+                request.write(bytes([at]))
+        return left
+
+    def on_request_error(self, request: vu.Request, error: BaseException) -> None:
+        request.write(b"E")
+
+
+class Leaving(Together):
+    answer = Together.requestq.batch_handler(Together.answer)
+
+    @Together.requestq.handler
+    def one(self, request: vu.Request) -> None:
+        request.write(b"1")
+
+
+def submit(front: FrontEnd, memory: Memory, kinds: bytes) -> tuple[Ring, Callable[[int], list[bytes]]]:
+    """Requests that are all there when the device looks. Gives what the driver gets for so many of them."""
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=64)
+    chains = {chain.head: chain for chain in (ring.add([bytes([kind])], [8]) for kind in kinds)}
+    front.start(ring)
+
+    def answers(count: int) -> list[bytes]:
+        done = dict(ring.wait(count))
+        return [chain.written(done[head]) for head, chain in chains.items() if head in done]
+
+    return ring, answers
+
+
+def test_a_batch_is_what_is_available_in_the_drivers_order(serve: Serve, connect: Connect, memory: Memory) -> None:
+    device = Together()
+    _, answers = submit(connect(serve(device)), memory, b"abc")
+    assert answers(3) == [b"\0", b"\1", b"\2"]
+    assert device.batches == [3]
+
+
+def test_what_a_batch_handler_returns_goes_to_the_handler(serve: Serve, connect: Connect, memory: Memory) -> None:
+    _, answers = submit(connect(serve(Leaving())), memory, b"axbx")
+    assert answers(4) == [b"\0", b"1", b"\2", b"1"]
+
+
+def test_requests_left_to_nobody_have_failed(
+    serve: Serve, connect: Connect, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, answers = submit(connect(serve(Together())), memory, b"ax")
+    assert answers(2) == [b"\0", b"E"]
+    assert "the queue has no handler that takes them one by one" in caplog.text
+
+
+def test_a_batch_handler_that_raises_fails_those_that_were_not_completed(
+    serve: Serve, connect: Connect, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Together()
+    _, answers = submit(connect(serve(device)), memory, b"k!c")
+    assert answers(2) == [b"E", b"E"]
+    assert device.requestq.statistics.errors == 2
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
+    device.kept.pop().complete()
+
+
+def test_a_request_of_a_batch_may_be_kept_and_is_not_used_for_another(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    device = Together()
+    front = connect(serve(device))
+    ring, answers = submit(front, memory, b"kb")
+    assert answers(1) == [b"\1"]
+    ring.add([b"a"], [8])
+    front.kick(ring)
+    ring.wait()
+    [kept] = device.kept
+    assert (kept.completed, kept.written) == (False, 0)
+    kept.write(b"late")
+    kept.complete()
+    [(_, length)] = ring.wait()
+    assert length == 4
+
+
+def test_a_completed_request_that_somebody_keeps_stays_completed(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    seen: list[vu.Request] = []
+
+    class Remember(vu.Device, device_id=NO_TYPE):
+        requestq = vu.Queue()
+
+        @requestq.handler
+        def remember(self, request: vu.Request) -> None:
+            seen.append(request)
+
+    device = Remember()
+    _, answers = submit(connect(serve(device)), memory, b"abcd")
+    answers(4)
+    wait_until(lambda: len(seen) == 4, "all are handled")
+    assert len({id(request) for request in seen}) == 4
+    assert all(request.completed for request in seen)
+    with pytest.raises(vu.RequestCompleted):
+        seen[0].write(b"x")
+    seen.clear()
+
+
+def test_a_handler_of_a_subclass_replaces_the_batch_handler_of_its_base(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    class Own(Together):
+        @Together.requestq.handler
+        def own(self, request: vu.Request) -> None:
+            request.write(b"own")
+
+    device = Own()
+    _, answers = submit(connect(serve(device)), memory, b"a")
+    assert (answers(1), device.batches) == ([b"own"], [])
+
+
+def test_a_batch_handler_is_not_a_coroutine() -> None:
+    with pytest.raises(vu.DeclarationError, match="cannot be an `async def`"):
+
+        class Wrong(vu.Device, device_id=NO_TYPE):
+            requestq = vu.Queue()
+
+            @requestq.batch_handler
+            async def answer(self, requests: list[vu.Request]) -> None: ...
+
+
+def test_a_driver_sees_what_is_done_while_a_slow_handler_works_on_the_rest(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    go_on = threading.Event()
+
+    class Slow(vu.Device, device_id=NO_TYPE):
+        requestq = vu.Queue()
+
+        @requestq.handler
+        def work(self, request: vu.Request) -> None:
+            # Longer than the driver is made to wait for others.
+            threading.Event().wait(0.005)
+            if request.read(1) == b"z":
+                go_on.wait(20)
+
+    _, answers = submit(connect(serve(Slow())), memory, b"aaz")
+    assert len(answers(2)) == 2
+    go_on.set()
+
+
+# --- Bursts -----------------------------------------------------------------------------------------------------------
+
+
+class Source(vu.Device, device_id=NO_TYPE):
+    rxq = vu.Queue(backlog=1)
+
+
+@pytest.fixture
+def source(serve: Serve, connect: Connect, memory: Memory) -> tuple[Source, FrontEnd, Ring]:
+    device = Source()
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=16)
+    front.start(ring)
+    return device, front, ring
+
+
+def test_many_pushes_fill_the_buffers_that_there_are_and_call_once(source: tuple[Source, FrontEnd, Ring]) -> None:
+    device, _, ring = source
+    chains = [ring.add([], [4]) for _ in range(3)]
+    before = device.rxq.statistics
+    assert device.rxq.push_many([b"1", bytearray(b"22"), memoryview(b"333"), b"4444"]) == 3
+    assert ring.wait(3) == [(chain.head, at + 1) for at, chain in enumerate(chains)]
+    assert [chain.written(at + 1) for at, chain in enumerate(chains)] == [b"1", b"22", b"333"]
+    after = device.rxq.statistics
+    assert after.calls + after.calls_suppressed - before.calls - before.calls_suppressed == 1
+    assert device.rxq.push_many(iter([b"5"])) == 0
+
+
+def test_an_item_that_is_too_long_ends_a_push_of_many_and_keeps_its_buffer(
+    source: tuple[Source, FrontEnd, Ring],
+) -> None:
+    device, _, ring = source
+    first, second = ring.add([], [4]), ring.add([], [4])
+    with pytest.raises(vu.RequestOverflow, match="5 bytes do not fit in the 4"):
+        device.rxq.push_many([b"1", b"12345", b"2"])
+    assert ring.wait() == [(first.head, 1)]
+    assert device.rxq.push_many([b"2"]) == 1
+    assert ring.wait() == [(second.head, 1)]
+
+
+def test_what_is_no_buffer_ends_a_push_of_many(source: tuple[Source, FrontEnd, Ring]) -> None:
+    device, _, ring = source
+    chain = ring.add([], [4])
+    ring.add([], [4])
+    with pytest.raises(TypeError):
+        device.rxq.push_many([b"1", "text"])  # type: ignore[list-item]
+    assert ring.wait() == [(chain.head, 1)]
+    assert device.rxq.available == 1
+
+
+# --- Polling ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_polls_needs_no_kick_while_it_does(serve: Serve, connect: Connect, memory: Memory) -> None:
+    device = Reverse()
+    device.busy_poll = 0.5
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=16)
+    front.start(ring)
+    # The first ones wake it up; from then on it looks by itself.
+    for _ in range(50):
+        ring.add([b"ab"], [2])
+        front.kick(ring)
+        ring.wait()
+    before = device.requestq.statistics.kicks
+    for _ in range(20):
+        ring.add([b"ab"], [2])
+        ring.wait()
+    assert device.requestq.statistics.kicks == before
+
+
+def test_a_device_that_polls_sleeps_after_a_while_and_is_woken_by_a_kick(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    device = Reverse()
+    device.busy_poll = 0.001
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=16)
+    front.start(ring)
+    for _ in range(3):
+        ring.add([b"ab"], [2])
+        wait_until(lambda: ring.used_flags & NO_NOTIFY == 0, "kicks are wanted")
+        front.kick(ring)
+        ring.wait()
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1.5, float("nan")])
+def test_busy_polling_is_limited(tmp_path: Path, seconds: float) -> None:
+    device = Reverse()
+    device.busy_poll = seconds
+    with pytest.raises(ValueError, match="busy polling takes from 0 to 1 s"):
+        device.serve(tmp_path / "device.sock")
+
+
+# --- Formats ----------------------------------------------------------------------------------------------------------
+
+CODES = st.tuples(st.sampled_from(["", "0", "1", "2", "7", "11"]), st.sampled_from("xcbB?hHiIlLqQsefd")).map("".join)
+
+
+class Unpack(vu.Device, device_id=NO_TYPE):
+    requestq = vu.Queue()
+
+    def __init__(self) -> None:
+        self.format: str | struct.Struct = ""
+        self.values: tuple[object, ...] = ()
+        self.left = 0
+
+    @requestq.handler
+    def unpack(self, request: vu.Request) -> None:
+        self.values = request.unpack(self.format)
+        self.left = request.readable
+
+
+def test_every_format_is_read_as_by_the_struct_module() -> None:
+    device = Unpack()
+    with connect_driver(device) as driver:
+        queue = driver.queues[0]
+
+        @given(
+            order=st.sampled_from(["<", ">", "!", "=", "@", ""]),
+            codes=st.lists(CODES, max_size=6),
+            data=st.binary(min_size=528, max_size=528),
+            compiled=st.booleans(),
+        )
+        def check(order: str, codes: list[str], data: bytes, compiled: bool) -> None:
+            text = order + "".join(codes)
+            layout = struct.Struct(text)
+            device.format = layout if compiled else text
+            queue.request(data, 1)
+            # A NaN equals nothing, but its bytes do.
+            assert repr(device.values) == repr(layout.unpack_from(data))
+            assert device.left == len(data) - layout.size
+
+        check()
