@@ -369,7 +369,7 @@ class Qemu(Guest):
         *,
         memory: str = "256M",
         cpus: int = 1,
-        reconnect: int = 0,
+        reconnect: float = 0,
         iommu: bool = False,
         files: StrPath | None = None,
         extra_args: Sequence[str] = (),
@@ -408,7 +408,7 @@ class Qemu(Guest):
     def _device(self, name: str, path: StrPath, device_id: int, properties: str = "") -> list[str]:
         chardev = f"socket,id={name},path={os.path.abspath(path).replace(',', ',,')}"
         if self.reconnect and device_id == self.DISK:
-            chardev += f",reconnect-ms={self.reconnect * 1000}"
+            chardev += f",reconnect-ms={math.ceil(self.reconnect * 1000)}"
         else:
             _existing_socket(path)
         model = self.MODELS.get(device_id, f"vhost-user-test-device-pci,virtio-id={int(device_id)}")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +71,79 @@ def test_the_guest_sees_changes_of_the_configuration(serve: Serve) -> None:
         console.resize(132, 43)
         wait_for(lambda: guest.run("stty size < /dev/hvc0").text == "43 132")
         guest.run("dd if=/dev/zero of=/dev/vda bs=1M seek=31 count=1 oflag=direct")
+
+
+#: How often the disk is killed: more by hand.
+DEATHS = int(os.environ.get("DEATHS", "6"))
+
+#: Four writers at once, each with a piece of the disk to itself, until they are told to stop. Whatever they have
+#: written they read again, twice, and write over it: a request that is lost fails, and one that is done again too late
+#: brings the last content back.
+WRITE_AND_VERIFY = """
+writer() {
+    until test -e enough; do
+        head -c 65536 /dev/urandom > new$1
+        dd if=new$1 of=/dev/vda bs=4k seek=$(($1 * 16)) count=16 oflag=direct conv=notrunc,fsync || return 1
+        for again in 1 2; do
+            dd if=/dev/vda of=read$1 bs=4k skip=$(($1 * 16)) count=16 iflag=direct || return 2
+            cmp new$1 read$1 || return 3
+        done
+    done
+}
+for number in 0 1 2 3; do
+    (writer $number; echo $? > status$number) > log$number 2>&1 &
+done
+"""
+STOP = """
+touch enough
+for number in 0 1 2 3; do
+    until test -s status$number; do sleep 0.1; done
+    test $(cat status$number) = 0 || { cat log$number; exit 1; }
+done
+cat new0 new1 new2 new3 | sha256sum
+"""
+
+
+class MortalDisk:
+    """A disk in a process of its own, which is killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.image, self.socket = folder / "disk.img", folder / "disk.sock"
+        self.image.write_bytes(bytes(16 * MIB))
+        self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "vhost_user", "blk", str(self.image), "--socket-path", str(self.socket)]
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self._written = self.image.stat().st_mtime_ns
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the process of today has written to the disk."""
+        return self.image.stat().st_mtime_ns != self._written
+
+    def die(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._start()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.socket.unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(240)
+def test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes(level: None, tmp_path: Path) -> None:
+    dice = random.Random(4)
+    with contextlib.closing(MortalDisk(tmp_path)) as disk:
+        wait_for(disk.socket.is_socket, 30)
+        with Qemu([(disk.socket, vu.DeviceId.BLOCK)], reconnect=0.1) as guest:
+            guest.run(WRITE_AND_VERIFY)
+            for _ in range(DEATHS):
+                wait_for(lambda: disk.in_use, 30)
+                time.sleep(dice.random() / 4)
+                disk.die()
+            written = guest.run(STOP, timeout=60).text.split()[0]
+            assert "I/O error" not in guest.run("dmesg").text
+        assert hashlib.sha256(disk.image.read_bytes()[: 4 * 65536]).hexdigest() == written
