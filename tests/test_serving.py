@@ -313,15 +313,18 @@ def test_an_inherited_descriptor_may_listen(path: Path, memory: Memory) -> None:
     path.unlink()
 
 
-def test_a_descriptor_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with open(tmp_path / "file", "w") as file, pytest.raises(vu.StateError, match=r"descriptor \d+ is not a socket"):
-        Reverse().start(fd=file.fileno())
+def test_a_descriptor_of_another_kind_is_refused_and_stays_open(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w") as file:
+        with pytest.raises(vu.StateError, match=r"descriptor \d+ is not a socket"):
+            Reverse().start(fd=file.fileno())
+        os.fstat(file.fileno())
     with pytest.raises(vu.StateError, match="descriptor 9999 is not a socket"):
         Reverse().start(fd=9999)
     for family, kind in [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]:
-        other = socket.socket(family, kind)
-        with pytest.raises(vu.StateError, match="is not a UNIX stream socket"):
-            Reverse().start(fd=other.detach())
+        with socket.socket(family, kind) as other:
+            with pytest.raises(vu.StateError, match="is not a UNIX stream socket"):
+                Reverse().start(fd=other.fileno())
+            os.fstat(other.fileno())
 
 
 def test_a_socket_from_systemd_is_used(path: Path, memory: Memory) -> None:

@@ -81,13 +81,15 @@ def systemd_descriptor() -> int:
 
 @contextlib.contextmanager
 def _inherited(fd: int) -> Iterator[socket.socket]:
+    """The socket `fd`, closed afterwards. What is refused stays the caller's, and open."""
     try:
         inherited = socket.socket(fileno=fd)
     except OSError as error:
         raise StateError(f"descriptor {fd} is not a socket ({error.strerror})") from None
+    if inherited.family != socket.AF_UNIX or inherited.type != socket.SOCK_STREAM:
+        inherited.detach()
+        raise StateError(f"descriptor {fd} is not a UNIX stream socket")
     with inherited:
-        if inherited.family != socket.AF_UNIX or inherited.type != socket.SOCK_STREAM:
-            raise StateError(f"descriptor {fd} is not a UNIX stream socket")
         os.set_inheritable(fd, False)
         yield inherited
 
