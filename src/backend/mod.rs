@@ -9,11 +9,13 @@
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
 //! | `extensions` | messages that only some devices take |
+//! | `complaints` | how many warnings a peer is worth |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
 //!
 //! Everything runs on the thread that runs the loop, except what says otherwise. Nothing here knows of Python.
 
 mod channel;
+mod complaints;
 mod config;
 mod event_loop;
 mod extensions;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::channel::{Channel, Granted};
+use super::complaints::Complaints;
 use super::config::ConfigSpace;
 use super::event_loop::{EventLoop, Interest, Token};
 use super::extensions::{Extensions, mac_of, mtu_of};
@@ -179,6 +180,7 @@ pub struct Session {
     faults: u64,
     /// When rings behind an IOMMU are looked at again.
     translation_timer: Option<Instant>,
+    complaints: Complaints,
 }
 
 impl Session {
@@ -212,6 +214,7 @@ impl Session {
             ready: VecDeque::new(),
             faults: faults_seen(),
             translation_timer: None,
+            complaints: Complaints::default(),
         })
     }
 
@@ -990,11 +993,11 @@ impl Session {
             return Err(error);
         }
         if request == FrontendRequest::GetConfig {
-            log::warn!("{error}");
+            self.complaints.warn(error);
             return self.reply(request, Empty).map(drop);
         }
         if request == FrontendRequest::IotlbMsg {
-            log::warn!("refused: {error}");
+            self.complaints.warn(format_args!("refused: {error}"));
             return self.reply(request, U64(1)).map(drop);
         }
         let has_own_reply = match request.info().answer {
@@ -1003,7 +1006,7 @@ impl Session {
             Answer::ReplyWith(feature, _) => self.protocol_features.contains(feature),
         };
         if need_reply && !has_own_reply {
-            log::warn!("refused: {error}");
+            self.complaints.warn(format_args!("refused: {error}"));
             return self.acknowledge(request, true, 1);
         }
         Err(error)
