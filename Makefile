@@ -6,6 +6,8 @@ BIN := .venv/bin
 TOOLS := .venv/.tools
 EXTENSION := .venv/.extension
 WHEEL_ENVIRONMENT := target/wheel-environment
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
 # What builds the extension and the guest's kernel, what tests run in the guest, whose root is this system's, and beside
 # it: qemu-storage-daemon is in either of its two packages, depending on the release.
@@ -17,7 +19,7 @@ CLIPPY := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --target-dir target/c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint guest wheel clean packages
+.PHONY: help demo test lint fuzz guest wheel clean packages
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +44,13 @@ lint: $(EXTENSION) ## formatting, clippy, ruff, mypy, the stubs against the modu
 	$(BIN)/cibuildwheel --platform linux --archs x86_64,aarch64 --print-build-identifiers
 
 guest: uml qemu ## the kernels that the tests boot; the first time takes ten minutes
+
+fuzz: ## FUZZ_SECONDS=60 of each fuzz target; needs a nightly Rust and cargo-fuzz
+	for target in $(FUZZ_TARGETS); do \
+	    mkdir -p target/fuzz/found/$$target; \
+	    cargo +nightly fuzz run --target-dir target/fuzz $$target target/fuzz/found/$$target fuzz/corpus/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -max_len=768 -len_control=0 -timeout=20 || exit; \
+	done
 
 wheel: $(TOOLS) ## the wheels for this machine, built from the source distribution and tested in an empty environment
 	rm -rf dist

@@ -1,0 +1,80 @@
+//! What several targets need: descriptors of every kind, and a look at what is left over.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use arbitrary::Unstructured;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
+use rustix::pipe::pipe;
+
+/// Decoding an input ends where its bytes do.
+pub type Input<'a> = Unstructured<'a>;
+
+/// What this process has open and mapped of guest memory.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Belongings {
+    descriptors: usize,
+    mappings: usize,
+}
+
+impl Belongings {
+    pub fn now() -> Self {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        Self {
+            descriptors: std::fs::read_dir("/proc/self/fd").unwrap().count(),
+            mappings: maps.lines().filter(|line| line.contains(MEMORY)).count(),
+        }
+    }
+}
+
+/// Run a target, after which there has to be as much as before.
+pub fn level(target: impl FnOnce()) {
+    let before = Belongings::now();
+    target();
+    assert_eq!(Belongings::now(), before, "something was left over");
+}
+
+/// Of memory files that peers send.
+const MEMORY: &str = "memfd:fuzzed";
+
+pub fn memory_file(size: u64) -> OwnedFd {
+    let file = memfd_create("fuzzed", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, size).unwrap();
+    file
+}
+
+pub fn event(flags: EventfdFlags) -> OwnedFd {
+    eventfd(0, flags | EventfdFlags::CLOEXEC).unwrap()
+}
+
+/// Something to send instead of what the peer expects.
+pub fn strange_descriptor(input: &mut Input<'_>) -> arbitrary::Result<OwnedFd> {
+    Ok(match input.int_in_range(0..=8)? {
+        0 => event(EventfdFlags::NONBLOCK),
+        1 => event(EventfdFlags::empty()),
+        2 => UnixStream::pair().unwrap().0.into(),
+        3 => pipe().unwrap().0,
+        4 => pipe().unwrap().1,
+        5 => memory_file(0),
+        6 => memory_file(input.int_in_range(0..=0x3000)?),
+        7 => open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap(),
+        _ => open("/", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap(),
+    })
+}
+
+/// A number at which something begins or ends, a small one, or any.
+pub fn number(input: &mut Input<'_>) -> arbitrary::Result<u64> {
+    const EDGES: [u64; 12] =
+        [0, 1, 0x0fff, 0x1000, 0x7fff, 0x8000, 0xffff, 0x1_0000, 0xffff_ffff, 1 << 63, u64::MAX - 0xfff, u64::MAX];
+    Ok(match input.int_in_range(0..=3)? {
+        0 => *input.choose(&EDGES)?,
+        1 | 2 => input.int_in_range(0..=300)?,
+        _ => input.arbitrary()?,
+    })
+}
+
+/// Copies of descriptors, as a message takes them.
+pub fn borrowed(descriptors: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+    descriptors.iter().map(AsFd::as_fd).collect()
+}
