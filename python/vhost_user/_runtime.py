@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
-from ._core import Backend, BatchHandler, Request, TransportFeature
+from ._core import Backend, BatchHandler, ProtocolFeature, Request, TransportFeature
 from .errors import DeclarationError, StateError, VhostUserError
 from .loop import Loop, Timer, Watch
 
@@ -249,7 +249,8 @@ class Runtime:
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
         transport = self._transport_features()
-        offer = Offer(features, transport, int(device._offers), device._takes_gpu_socket, device._shared_memory())
+        offers = device._offers | (ProtocolFeature.INBAND_NOTIFICATIONS if device.in_band else 0)
+        offer = Offer(features, transport, int(offers), device._takes_gpu_socket, device._shared_memory())
         backend = Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
         backend.set_busy_poll(device.busy_poll)
         return backend
@@ -375,6 +376,7 @@ class Runtime:
             "features": f"{int(device.features):#x}",
             "transport features": f"{self._transport_features():#x}",
             "protocol features": f"{int(device._offers):#x}",
+            "in_band": device.in_band,
             "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
             "max_request": [declaration.max_request for declaration in device._queues],
             "configuration space": [f"{field.name} at {field.offset}" for field in device._layout.fields],

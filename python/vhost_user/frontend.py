@@ -139,14 +139,15 @@ class Frontend:
 
         `features` are those of the device and of the rings, `protocol` those of the protocol: exactly these are
         accepted, and PROTOCOL_FEATURES where it is offered. By default it is everything that both sides know, and of
-        the features of the device type all that are offered. vhost-user specification, "Communication".
+        the features of the device type all that are offered; but INBAND_NOTIFICATIONS, which makes every kick wait for
+        the back-end, only when it is asked for. vhost-user specification, "Communication".
 
         Raises:
             StateError: something was asked for that is not offered.
         """
         session = self._session
-        everything = (1 << 64) - 1
-        offer = session.handshake(everything if protocol is None else protocol)
+        by_default = ~ProtocolFeature.INBAND_NOTIFICATIONS & (1 << 64) - 1
+        offer = session.handshake(by_default if protocol is None else protocol)
         self.offered_features, self.queue_count = offer[0], offer[2]
         self.offered_protocol = ProtocolFeature(offer[1])
         missing = ProtocolFeature(0 if protocol is None else int(protocol) & ~session.protocol_features)

@@ -6,7 +6,7 @@
 //!
 //! vhost-user specification, "Back-end message types".
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::event_loop::{EventLoop, Interest, Token};
 use crate::error::Error;
 use crate::protocol::{
-    Answer, BackendMessage, BackendRequest, Flags, Gate, Payload, ProtocolFeatures, U64, VirtioFeatures,
+    Answer, BackendMessage, BackendRequest, Flags, Gate, Payload, ProtocolFeatures, U64, VirtioFeatures, VringState,
 };
 use crate::transport::{Connection, Frame, Received};
 
@@ -31,6 +31,23 @@ const MAX_REQUESTS: usize = 64;
 pub struct Granted {
     /// Only SHARED_OBJECT_LOOKUP is answered with a descriptor.
     pub descriptor: Option<OwnedFd>,
+}
+
+/// What is said to a driver in-band, about one queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Notification {
+    Call(u16),
+    Error(u16),
+}
+
+impl Notification {
+    fn message(self) -> BackendMessage {
+        let state = |index: u16| VringState { index: index.into(), num: 0 };
+        match self {
+            Self::Call(queue) => BackendMessage::VringCall(state(queue)),
+            Self::Error(queue) => BackendMessage::VringErr(state(queue)),
+        }
+    }
 }
 
 /// What to do when a request is answered, or will never be. It runs on the loop's thread, with no lock held.
@@ -67,6 +84,8 @@ struct State {
     connection: Option<Connection>,
     /// Why there is no connection any more.
     over: Option<String>,
+    /// The same, to be logged when no lock is held.
+    trouble: Option<String>,
     features: VirtioFeatures,
     protocol_features: ProtocolFeatures,
     /// All rings are stopped: nothing may be sent.
@@ -75,6 +94,8 @@ struct State {
     config_changed: bool,
     /// The socket has no room: it is watched for writing.
     full: bool,
+    /// Each is sent when the same one before it was acknowledged: until then the driver has yet to look.
+    notifications: BTreeSet<Notification>,
     waiting: VecDeque<Request>,
     sent: VecDeque<Sent>,
     /// What is decided, for the loop's thread to tell.
@@ -98,7 +119,12 @@ struct Request {
 struct Sent {
     request: BackendRequest,
     deadline: Instant,
-    then: Then,
+    then: WhenAnswered,
+}
+
+enum WhenAnswered {
+    Call(Then),
+    Notified(Notification),
 }
 
 impl Channel {
@@ -154,11 +180,19 @@ impl Channel {
         state.waiting.len() + state.sent.len() < MAX_REQUESTS / 2
     }
 
-    /// Whether the front-end owes us no answer, and we owe it no request.
+    /// VRING_CALL or VRING_ERR. It never waits, and is not lost while the channel lives.
+    pub fn notify(&self, notification: Notification) {
+        let mut state = self.lock();
+        state.notifications.insert(notification);
+        self.send_waiting(&mut state);
+    }
+
+    /// Whether the front-end owes us no answer, and there is nothing that could be said to it now.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         let state = self.lock();
-        state.sent.is_empty() && state.waiting.is_empty() && state.done.is_empty()
+        let unsent = !state.waiting.is_empty() || !state.notifications.is_empty() || state.config_changed;
+        state.sent.is_empty() && state.done.is_empty() && (state.suspended || state.connection.is_none() || !unsent)
     }
 
     // --- What the session does ------------------------------------------------------------------------------------
@@ -183,6 +217,8 @@ impl Channel {
         let mut state = self.lock();
         self.close(&mut state, "the session ended");
         state.over = None;
+        state.trouble = None;
+        state.notifications.clear();
         state.config_changed = false;
         state.suspended = true;
         state.features = VirtioFeatures::default();
@@ -233,11 +269,17 @@ impl Channel {
         {
             let reason = format!("{}: the front-end did not answer in {:?}", request.name(), self.patience);
             self.close(&mut state, &reason);
-            state.done.insert(0, Done { then, outcome: Err(Error::Timeout(reason)) });
+            if let WhenAnswered::Call(then) = then {
+                state.done.insert(0, Done { then, outcome: Err(Error::Timeout(reason)) });
+            }
         }
         self.schedule(&mut state);
         let done = std::mem::take(&mut state.done);
+        let trouble = state.trouble.take();
         drop(state);
+        if let Some(reason) = trouble {
+            log::warn!("the back-end channel is closed: {reason}");
+        }
         for Done { then, outcome } in done {
             then(outcome);
         }
@@ -256,7 +298,7 @@ impl Channel {
                 state.full = full;
                 let interest = Interest { readable: true, writable: full };
                 if let Err(error) = self.events.change(connection, Token::Channel, interest) {
-                    log::error!("the back-end channel: {error}");
+                    self.close(state, &error.to_string());
                 }
             }
         }
@@ -283,7 +325,12 @@ impl Channel {
         let Some(connection) = state.connection.take() else { return };
         self.events.forget(&connection);
         state.full = false;
-        let sent = state.sent.drain(..).map(|sent| (sent.request, sent.then));
+        state.trouble = Some(reason.to_owned());
+        state.notifications.clear();
+        let sent = state.sent.drain(..).filter_map(|Sent { request, then, .. }| match then {
+            WhenAnswered::Call(then) => Some((request, then)),
+            WhenAnswered::Notified(_) => None,
+        });
         let waiting = state.waiting.drain(..).map(|waiting| (waiting.message.request(), waiting.then));
         for (request, then) in sent.chain(waiting) {
             let text = format!("{}: the back-end channel is closed: {reason}", request.name());
@@ -321,7 +368,8 @@ impl State {
         if self.connection.is_none() {
             return refuse("the front-end opened no back-end channel (SET_BACKEND_REQ_FD)".to_owned());
         }
-        if self.waiting.len() + self.sent.len() >= MAX_REQUESTS {
+        let asked = self.sent.iter().filter(|sent| matches!(sent.then, WhenAnswered::Call(_))).count();
+        if self.waiting.len() + asked >= MAX_REQUESTS {
             return refuse(format!("{MAX_REQUESTS} requests wait for the front-end already"));
         }
         Ok(())
@@ -336,6 +384,19 @@ impl State {
                 }
                 continue;
             }
+            let outstanding = |wanted: &Notification| {
+                self.sent.iter().any(|sent| matches!(sent.then, WhenAnswered::Notified(n) if n == *wanted))
+            };
+            if let Some(notification) = self.notifications.iter().copied().find(|wanted| !outstanding(wanted)) {
+                self.notifications.remove(&notification);
+                let message = notification.message();
+                let mut payload = Vec::new();
+                message.encode(&mut payload);
+                let (request, deadline) = (message.request(), Instant::now() + patience);
+                self.sent.push_back(Sent { request, deadline, then: WhenAnswered::Notified(notification) });
+                connection.try_send(request as u32, Flags::REQUEST_NEED_REPLY, &payload, Vec::new())?;
+                continue;
+            }
             let Some(Request { message, files, then }) = self.waiting.pop_front() else { break };
             let request = message.request();
             let acknowledged = self.protocol_features.contains(ProtocolFeatures::REPLY_ACK);
@@ -346,8 +407,8 @@ impl State {
             };
             let mut payload = Vec::new();
             message.encode(&mut payload);
-            log::debug!("-> {} ({} bytes, {} descriptors)", request.name(), payload.len(), files.len());
             if answered {
+                let then = WhenAnswered::Call(then);
                 self.sent.push_back(Sent { request, deadline: Instant::now() + patience, then });
             } else {
                 self.done.push(Done { then, outcome: Ok(Granted::default()) });
@@ -367,7 +428,11 @@ impl State {
             Err(error @ Error::Refused { .. }) => (Err(error), None),
             Err(error) => (Err(Error::Framing(error.to_string())), Some(error)),
         };
-        self.done.push(Done { then, outcome });
+        match (then, outcome) {
+            (WhenAnswered::Call(then), outcome) => self.done.push(Done { then, outcome }),
+            // A driver that has no such queue has nothing to look at.
+            (WhenAnswered::Notified(_), _) => {}
+        }
         over.map_or(Ok(()), Err)
     }
 }

@@ -24,7 +24,7 @@ mod session;
 mod translation;
 mod vring;
 
-pub use channel::{Channel, Granted, Then};
+pub use channel::{Channel, Granted, Notification, Then};
 pub use config::ConfigSpace;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;

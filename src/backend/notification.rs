@@ -6,11 +6,14 @@
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::channel::{Channel, Notification};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -89,19 +92,40 @@ impl AsFd for Kick {
 
 /// Where the driver wants to be told that buffers were used, or that a ring broke.
 #[derive(Debug)]
-pub struct Call {
-    descriptor: OwnedFd,
-    kind: Kind,
+pub enum Call {
+    Descriptor(Notifier),
+    /// In-band: a message of ours says so.
+    Message {
+        channel: Arc<Channel>,
+        notification: Notification,
+    },
 }
 
 impl Call {
     pub fn new(descriptor: OwnedFd) -> Self {
-        Self { kind: kind_of(&descriptor), descriptor }
+        Self::Descriptor(Notifier { kind: kind_of(&descriptor), descriptor })
     }
 
+    /// Never waits, and cannot fail: whoever cannot be told has no use for it.
+    pub fn signal(&self) {
+        match self {
+            Self::Descriptor(notifier) => notifier.signal(),
+            Self::Message { channel, notification } => channel.notify(*notification),
+        }
+    }
+}
+
+/// A peer's descriptor to write to.
+#[derive(Debug)]
+pub struct Notifier {
+    descriptor: OwnedFd,
+    kind: Kind,
+}
+
+impl Notifier {
     /// Write 8 bytes, once. A full descriptor has unread notifications, and a closed one has no reader: neither is an
     /// error of ours.
-    pub fn signal(&self) {
+    fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         let _ = match self.kind {
             Kind::Socket => send(&self.descriptor, &one, SendFlags::NOSIGNAL | SendFlags::DONTWAIT),

@@ -515,6 +515,14 @@ impl Session {
                 watched.map_err(|error| refuse(error.to_string()))?;
                 self.ready.push_back(queue);
             }
+            // It is acknowledged first and looked at after that: the front-end waits for us, and not for its requests.
+            M::VringKick(_) => {
+                if !self.protocol_features.contains(ProtocolFeatures::INBAND_NOTIFICATIONS) {
+                    return Err(refuse("INBAND_NOTIFICATIONS was not negotiated".to_owned()));
+                }
+                self.vring(queue).kick_in_band();
+                self.ready.push_back(queue);
+            }
             M::SetVringCall(_) => self.vring(queue).set_call(files.pop()),
             M::SetVringErr(_) => self.vring(queue).set_error(files.pop()),
             M::SetVringEnable(VringState { num, .. }) => match num {
@@ -595,6 +603,8 @@ impl Session {
         features.check_requirements()?;
         self.protocol_features = features;
         self.tell_channel();
+        let in_band = features.contains(ProtocolFeatures::INBAND_NOTIFICATIONS).then_some(&self.channel);
+        self.vrings.iter().for_each(|vring| vring.set_in_band(in_band));
         Ok(())
     }
 

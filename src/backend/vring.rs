@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::channel::{Channel, Notification};
 use super::event_loop::Wakeup;
 use super::notification::{Call, Kick, Kicked};
 use super::translation::Translation;
@@ -157,6 +158,8 @@ enum KickSource {
     Descriptor(Kick),
     /// The front-end gave no descriptor: the ring has to be looked at.
     Poll,
+    /// VRING_KICK tells.
+    InBand,
 }
 
 #[derive(Debug)]
@@ -175,7 +178,9 @@ struct Inner {
     /// A ring with a source of kicks is started, in the specification's words.
     kick: Option<KickSource>,
     call: Option<Arc<Call>>,
-    error: Option<Call>,
+    error: Option<Arc<Call>>,
+    /// What is used for lack of a descriptor, if that was negotiated: for calls, and for errors.
+    in_band: Option<(Arc<Call>, Arc<Call>)>,
     enabled: bool,
     /// The front-end may be gone without having said so: nothing is touched until it kicks or sets up the ring.
     parked: bool,
@@ -214,6 +219,7 @@ impl Vring {
             kick: None,
             call: None,
             error: None,
+            in_band: None,
             enabled: false,
             parked: false,
             draining: false,
@@ -500,8 +506,9 @@ impl Vring {
 
     /// SET_VRING_CALL. Whoever listens on a new descriptor may have missed what the old one said.
     pub(super) fn set_call(&self, descriptor: Option<OwnedFd>) {
-        let call = descriptor.map(|descriptor| Arc::new(Call::new(descriptor)));
         let mut inner = self.lock();
+        let in_band = inner.in_band.as_ref().map(|(call, _)| Arc::clone(call));
+        let call = descriptor.map(|descriptor| Arc::new(Call::new(descriptor))).or(in_band);
         inner.call.clone_from(&call);
         let runs = matches!(inner.state, State::Running { .. });
         drop(inner);
@@ -512,7 +519,35 @@ impl Vring {
 
     /// SET_VRING_ERR.
     pub(super) fn set_error(&self, descriptor: Option<OwnedFd>) {
-        self.lock().error = descriptor.map(Call::new);
+        let mut inner = self.lock();
+        let in_band = inner.in_band.as_ref().map(|(_, error)| Arc::clone(error));
+        inner.error = descriptor.map(|descriptor| Arc::new(Call::new(descriptor))).or(in_band);
+    }
+
+    /// Whether notifications go over `channel` where no descriptor was given: INBAND_NOTIFICATIONS was negotiated.
+    pub(super) fn set_in_band(&self, channel: Option<&Arc<Channel>>) {
+        let mut inner = self.lock();
+        let call = |notification| {
+            channel.map(|channel| Arc::new(Call::Message { channel: Arc::clone(channel), notification }))
+        };
+        let in_band = call(Notification::Call(self.index)).zip(call(Notification::Error(self.index)));
+        let is_message = |call: &Option<Arc<Call>>| !matches!(call.as_deref(), Some(Call::Descriptor(_)));
+        let (ours, errors) = in_band.clone().unzip();
+        if is_message(&inner.call) {
+            inner.call = ours;
+        }
+        if is_message(&inner.error) {
+            inner.error = errors;
+        }
+        inner.in_band = in_band;
+    }
+
+    /// VRING_KICK: the ring is started, if it was not, and looked at.
+    pub(super) fn kick_in_band(&self) {
+        let mut inner = self.lock();
+        inner.kick.get_or_insert(KickSource::InBand);
+        inner.parked = false;
+        self.statistics.kicks.fetch_add(1, Ordering::Relaxed);
     }
 
     /// SET_VRING_ENABLE, or SET_FEATURES without PROTOCOL_FEATURES.
@@ -761,7 +796,9 @@ impl Vring {
         inner.used_log = None;
         inner.logging = Logging::default();
         inner.size = None;
+        inner.call = None;
         inner.error = None;
+        inner.in_band = None;
         inner.enabled = false;
     }
 
@@ -776,7 +813,7 @@ impl Vring {
             retire(old);
         }
         inner.kick = None;
-        inner.call = None;
+        inner.call = inner.in_band.as_ref().map(|(call, _)| Arc::clone(call));
         base
     }
 

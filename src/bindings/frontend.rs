@@ -363,13 +363,17 @@ impl FrontendQueue {
         drop(old);
     }
 
-    fn kick(&self) {
-        self.core.kick();
+    fn kick(&self, py: Python<'_>) -> PyResult<()> {
+        self.frontend(py).get().run(py, || self.core.kick())
     }
 
     /// Returns the number by which `wait` will name the request.
     fn submit(&self, py: Python<'_>, readable: Vec<PyBackedBytes>, writable: Vec<usize>) -> PyResult<u64> {
         let readable: Vec<&[u8]> = readable.iter().map(|part| &**part).collect();
+        if self.core.is_in_band() {
+            // The device may be a thread of this process, and has to acknowledge the kick.
+            return self.frontend(py).get().run(py, || self.core.submit(&readable, &writable));
+        }
         self.core.submit(&readable, &writable).map_err(|error| to_python(py, error))
     }
 

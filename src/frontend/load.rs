@@ -174,7 +174,7 @@ impl<'a> Job<'a> {
             Ok(ring.publish())
         })?;
         if kick {
-            queue.kick();
+            queue.kick()?;
         }
         let end = begin + options.runtime;
         let (mut over, mut last, mut looked) = (false, begin, begin);
@@ -184,7 +184,7 @@ impl<'a> Job<'a> {
                 Ok((came, now, ring.publish()))
             })?;
             if kick {
-                queue.kick();
+                queue.kick()?;
             }
             if over {
                 under_way -= came;

@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{read, write};
 
 use super::memory::Allocation;
+use super::session::InBand;
 use super::{Frontend, Memory, lock};
 use crate::error::{Error, RingError};
 use crate::memory::Snapshot;
@@ -70,6 +71,8 @@ pub struct Queue {
     addresses: RingAddresses,
     /// Whether requests of several parts go into indirect tables.
     indirect: bool,
+    /// Whether notifications are messages.
+    in_band: bool,
     kick: OwnedFd,
     call: OwnedFd,
     error: OwnedFd,
@@ -108,6 +111,7 @@ impl Queue {
     /// Make a queue in `memory`, which has to be shared before [`start`](Self::start).
     pub fn new(frontend: Arc<Frontend>, memory: Arc<Memory>, index: u8, options: QueueOptions) -> Result<Self, Error> {
         let QueueOptions { size, base, indirect } = options;
+        let in_band = frontend.is_in_band();
         let features = frontend.features();
         let ring_options = RingOptions {
             packed: features.contains(VirtioFeatures::RING_PACKED),
@@ -142,6 +146,7 @@ impl Queue {
             index,
             addresses,
             indirect: indirect && ring_options.indirect,
+            in_band,
             kick: event()?,
             call: event()?,
             error: event()?,
@@ -174,11 +179,18 @@ impl Queue {
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
         tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
         tell(FrontendMessage::SetVringAddr(VringAddress { index, flags: 0, descriptors, used, avail, log: 0 }), &[])?;
-        tell(FrontendMessage::SetVringCall(with), &[self.call.as_fd()])?;
-        tell(FrontendMessage::SetVringErr(with), &[self.error.as_fd()])?;
-        tell(FrontendMessage::SetVringKick(with), &[self.kick.as_fd()])?;
-        // Older back-ends start a ring at the first kick.
-        signal(&self.kick);
+        if self.in_band {
+            let again = |event: &OwnedFd| {
+                event.try_clone().map_err(|source| Error::Os { context: "dup of an eventfd".to_owned(), source })
+            };
+            frontend.listen_in_band(self.index, InBand { call: again(&self.call)?, error: again(&self.error)? });
+        } else {
+            tell(FrontendMessage::SetVringCall(with), &[self.call.as_fd()])?;
+            tell(FrontendMessage::SetVringErr(with), &[self.error.as_fd()])?;
+            tell(FrontendMessage::SetVringKick(with), &[self.kick.as_fd()])?;
+        }
+        // It starts the ring in-band, and with older back-ends.
+        self.kick()?;
         if frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) { self.enable(true) } else { Ok(()) }
     }
 
@@ -214,9 +226,20 @@ impl Queue {
         Ok(answer.num)
     }
 
-    /// Notify the device, whether it wants that or not.
-    pub fn kick(&self) {
+    /// Notify the device, whether it wants that or not. In-band, this waits for its acknowledgement.
+    pub fn kick(&self) -> Result<(), Error> {
+        if self.in_band {
+            let state = VringState { index: self.index.into(), num: 0 };
+            return self.frontend().tell(&FrontendMessage::VringKick(state), &[]);
+        }
         signal(&self.kick);
+        Ok(())
+    }
+
+    /// Whether notifications are messages: then a kick waits for the device.
+    #[must_use]
+    pub fn is_in_band(&self) -> bool {
+        self.in_band
     }
 
     /// Submit a request, and kick the device if it wants to be. Returns the token that its completion will carry.
@@ -228,7 +251,7 @@ impl Queue {
         let kick = state.ring.publish();
         drop(state);
         if kick {
-            signal(&self.kick);
+            self.kick()?;
         }
         Ok(token)
     }

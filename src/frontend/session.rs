@@ -1,6 +1,6 @@
 //! One connection to a back-end: requests and their answers, and the requests that the back-end makes itself.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,6 +49,8 @@ pub struct Frontend {
     /// The back-end's memory, kept as long as it may use it.
     shared: Mutex<Vec<(Region, Arc<Memory>)>>,
     channel: Mutex<Option<Arc<Channel>>>,
+    /// What VRING_CALL and VRING_ERR signal, by queue.
+    in_band: Mutex<HashMap<u32, InBand>>,
     events: Mutex<VecDeque<Event>>,
     /// Counts `events`.
     event_count: OwnedFd,
@@ -68,6 +70,13 @@ struct Main {
     connection: Connection,
     /// Why the session is over.
     over: Option<String>,
+}
+
+/// Eventfds that a queue waits for, whoever signals them.
+#[derive(Debug)]
+pub(super) struct InBand {
+    pub call: OwnedFd,
+    pub error: OwnedFd,
 }
 
 /// The socket on which the back-end makes requests.
@@ -125,6 +134,7 @@ impl Frontend {
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0
             | ProtocolFeatures::STATUS.0
             | ProtocolFeatures::RARP.0
+            | ProtocolFeatures::INBAND_NOTIFICATIONS.0
             | ProtocolFeatures::NET_MTU.0
             | ProtocolFeatures::CRYPTO_SESSION.0
             | ProtocolFeatures::INFLIGHT_SHMFD.0
@@ -145,6 +155,7 @@ impl Frontend {
             protocol: AtomicU64::default(),
             shared: Mutex::default(),
             channel: Mutex::default(),
+            in_band: Mutex::default(),
             events: Mutex::default(),
             event_count: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE)
                 .map_err(Error::os("making an eventfd"))?,
@@ -551,11 +562,15 @@ impl Frontend {
             Ok(Received::Closed) => Err(Error::Closed("the back-end closed it".to_owned())),
             Err(error) => Err(error),
         };
-        let event = outcome.unwrap_or_else(|error| {
-            // Nobody else replaced it: a channel is opened once.
-            *lock(&self.channel) = None;
-            Event::ChannelClosed(error.to_string())
-        });
+        let event = match outcome {
+            Ok(Some(event)) => event,
+            Ok(None) => return,
+            Err(error) => {
+                // Nobody else replaced it: a channel is opened once.
+                *lock(&self.channel) = None;
+                Event::ChannelClosed(error.to_string())
+            }
+        };
         let mut events = lock(&self.events);
         // Who has not heard of one change of the configuration does not need to hear of two.
         if events.back() != Some(&event) {
@@ -565,31 +580,56 @@ impl Frontend {
         }
     }
 
-    fn answer(&self, connection: &Connection, frame: &Frame) -> Result<Event, Error> {
+    /// Answer a request. Returns what there is to tell about it, if anything.
+    fn answer(&self, connection: &Connection, frame: &Frame) -> Result<Option<Event>, Error> {
         frame.header.check_request()?;
         if lock(&self.events).len() >= MAX_EVENTS {
             return Err(Error::Framing(format!("more than {MAX_EVENTS} requests that nobody looked at")));
         }
-        let event = self.understand(frame).unwrap_or_else(|error| Event::Refused(error.to_string()));
+        let event = self.understand(frame).unwrap_or_else(|error| Some(Event::Refused(error.to_string())));
         if frame.header.flags.need_reply() && self.protocol_features().contains(ProtocolFeatures::REPLY_ACK) {
-            let code = u64::from(event != Event::ConfigChanged).to_ne_bytes();
+            let code = u64::from(matches!(event, Some(Event::Refused(_)))).to_ne_bytes();
             connection.send(frame.header.request, Flags::ANSWER, &code, &[], Instant::now() + self.timeout)?;
         }
         Ok(event)
     }
 
-    fn understand(&self, frame: &Frame) -> Result<Event, Error> {
+    fn understand(&self, frame: &Frame) -> Result<Option<Event>, Error> {
         let request = BackendRequest::from_id(frame.header.request)?;
-        let refused = |reason: &str| Error::Refused { message: request.name(), reason: reason.to_owned() };
+        let refused = |reason: String| Error::Refused { message: request.name(), reason };
         if let Some(defect) = &frame.defect {
-            return Err(refused(defect));
+            return Err(refused(defect.clone()));
         }
-        match BackendMessage::decode(request, &frame.payload, frame.descriptors.len())? {
-            BackendMessage::ConfigChangeMsg(_) if self.protocol_features().contains(ProtocolFeatures::CONFIG) => {
-                Ok(Event::ConfigChanged)
-            }
-            _ => Err(refused("it was not negotiated")),
+        let message = BackendMessage::decode(request, &frame.payload, frame.descriptors.len())?;
+        if let Gate::Protocol(feature) = request.info().gate
+            && !self.protocol_features().contains(feature)
+        {
+            return Err(refused("it was not negotiated".to_owned()));
         }
+        match message {
+            BackendMessage::ConfigChangeMsg(_) => Ok(Some(Event::ConfigChanged)),
+            BackendMessage::VringCall(state) => self.notify(state.index, |queue| &queue.call).map_err(refused),
+            BackendMessage::VringErr(state) => self.notify(state.index, |queue| &queue.error).map_err(refused),
+            _ => Err(refused("it was not negotiated".to_owned())),
+        }
+    }
+
+    fn notify(&self, queue: u32, which: impl FnOnce(&InBand) -> &OwnedFd) -> Result<Option<Event>, String> {
+        let queues = lock(&self.in_band);
+        let queue = queues.get(&queue).ok_or_else(|| format!("queue {queue} takes no notifications in-band"))?;
+        // A counter that is full is signalled in any case.
+        let _ = write(which(queue), &1u64.to_ne_bytes());
+        Ok(None)
+    }
+
+    /// Notify a queue in-band from now on.
+    pub(super) fn listen_in_band(&self, queue: u8, notified: InBand) {
+        lock(&self.in_band).insert(queue.into(), notified);
+    }
+
+    /// Whether notifications are messages.
+    pub(super) fn is_in_band(&self) -> bool {
+        self.protocol_features().contains(ProtocolFeatures::INBAND_NOTIFICATIONS)
     }
 }
 
