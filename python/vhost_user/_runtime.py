@@ -257,7 +257,12 @@ class Runtime:
 
     def _transport_features(self) -> int:
         """Those that only some devices offer."""
-        return TransportFeature.ACCESS_PLATFORM if self.device.iommu else 0
+        wanted = {
+            TransportFeature.ACCESS_PLATFORM: self.device.iommu,
+            TransportFeature.RING_PACKED: self.device.packed_rings,
+            TransportFeature.IN_ORDER: self.device.in_order,
+        }
+        return sum(int(feature) for feature, is_wanted in wanted.items() if is_wanted)
 
     def _bound_handlers(self) -> list[Callable[[Request], object] | BatchHandler | None]:
         """What takes the requests of each queue."""

@@ -65,6 +65,15 @@ class Device:
     #: for it. An instance may decide for itself before it is served. vhost-user specification, "In-band notifications".
     in_band: bool = False
 
+    #: Whether the device offers packed rings (RING_PACKED), and to complete requests in the order in which the driver
+    #: made them (IN_ORDER). A driver takes what it knows: Linux takes packed rings, for which QEMU's device needs
+    #: ``packed=on``, and its newest versions both; what works better depends on driver and device. In order, a request
+    #: that is completed early is held back until those before it are, and one that is never completed holds back all
+    #: that follow. Nothing else in the device changes. User-Mode Linux takes what it is offered. An instance may
+    #: decide for itself before it is served. Virtio 1.3, sections 2.8, 2.7.9 and 2.8.9.
+    packed_rings: bool = False
+    in_order: bool = False
+
     #: Filled in for every subclass.
     _queues: ClassVar[list[Queue]] = []
     _handlers: ClassVar[Mapping[Queue, str]] = {}

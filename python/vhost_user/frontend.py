@@ -39,7 +39,13 @@ MEMORY_SIZE = 16 << 20
 
 #: Feature bits of the transport and the rings, and those of them that this driver implements.
 TRANSPORT_FEATURES = (1 << 42) - (1 << 24)
-RING_FEATURES = int(TransportFeature.VERSION_1 | TransportFeature.INDIRECT_DESC | TransportFeature.EVENT_IDX)
+RING_FEATURES = int(
+    TransportFeature.VERSION_1
+    | TransportFeature.INDIRECT_DESC
+    | TransportFeature.EVENT_IDX
+    | TransportFeature.RING_PACKED
+    | TransportFeature.IN_ORDER
+)
 
 #: How long a thread that runs callbacks is kept for more of them.
 LINGER = 1.0
@@ -391,10 +397,12 @@ class Frontend:
     def queue(
         self, index: int, size: int = 256, *, base: int = 0, indirect: bool = True, start: bool = True
     ) -> DriverQueue:
-        """Make the queue `index`, with `size` descriptors, a power of two up to 32768, and start it.
+        """Make the queue `index`, with `size` descriptors, and start it.
 
-        It begins at the available index `base`. With `indirect`, requests of several parts are put into indirect tables
-        if INDIRECT_DESC was negotiated.
+        `size` is a power of two up to 32768, or with RING_PACKED any number up to that. The queue begins at `base`, the
+        word that SET_VRING_BASE tells the device: an available index, or where both sides are in a packed ring, for
+        which 0 is that of a new one, 0x80008000. With `indirect`, requests of several parts are put into indirect
+        tables if INDIRECT_DESC was negotiated. vhost-user specification, "A vring state description".
 
         Raises:
             StateError: the queue is there and runs, the size cannot be, or memory is too small.
@@ -422,7 +430,7 @@ class Frontend:
         if not 0 <= index < 256:
             raise StateError(f"vhost-user can name the queues 0 to 255, not {index}")
         if not 0 < size <= 1 << 15:
-            raise StateError(f"queue {index} cannot have {size} entries; a split ring needs a power of two up to 32768")
+            raise StateError(f"queue {index} cannot have {size} entries; a ring has 1 to 32768")
         old = self._queues.get(index)
         if old is not None:
             if old.running:
@@ -467,7 +475,7 @@ class Frontend:
 class DriverQueue:
     """The driver's end of a queue: what :meth:`Frontend.queue` makes. Every method may be called from any thread.
 
-    Methods that work on a queue that broke raise the ProtocolError that says why. Virtio 1.3, section 2.7.
+    Methods that work on a queue that broke raise the ProtocolError that says why. Virtio 1.3, sections 2.7 and 2.8.
     """
 
     def __init__(self, core: _core.FrontendQueue, index: int, size: int, timeout: float) -> None:

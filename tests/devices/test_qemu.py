@@ -63,6 +63,22 @@ def test_devices_outlive_a_reboot_and_the_end_of_qemu(serve: Serve) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_linux_drives_packed_rings(serve: Serve) -> None:
+    disk, devices = Blk(16 * MIB), [Rng(), Parrot()]
+    for device in (disk, *devices):
+        device.packed_rings = True
+    sockets = [(serve(device), device.device_id, "packed=on") for device in (disk, *devices)]
+    with Qemu(sockets) as guest:
+        for word in ("one", "two"):
+            digest, answer = guest.run(USE.format(word), timeout=60).text.split("  -\n")
+            assert answer == 2 * word
+            assert hashlib.sha256(os.pread(disk.fileno(), 65536, 0)).hexdigest() == digest
+            for device in (disk, *devices):
+                assert device.negotiated & vu.TransportFeature.RING_PACKED
+            guest.reboot()
+
+
+@pytest.mark.timeout(180)
 def test_the_guest_sees_changes_of_the_configuration(serve: Serve) -> None:
     disk, console = Blk(16 * MIB), Console()
     with Qemu([(serve(disk), vu.DeviceId.BLOCK), (serve(console), vu.DeviceId.CONSOLE)]) as guest:

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--connect", metavar="PATH", type=Path, help="connect to a front-end that listens at PATH")
     group.add_argument("--once", action="store_true", help="end when the first front-end is gone")
     group.add_argument("--mode", type=_mode, default=0o600, help="permissions of the socket, in octal (default: 600)")
+    rings = parser.add_argument_group("what is offered to the driver")
+    rings.add_argument("--packed-rings", action="store_true", help="packed rings, which User-Mode Linux takes unasked")
+    rings.add_argument("--in-order", action="store_true", help="requests are completed in the order of the driver")
     parser.add_argument("--print-capabilities", action="store_true", help="print the type of device as JSON and exit")
 
 
@@ -61,6 +64,8 @@ def serve(make: Callable[[], Device], arguments: argparse.Namespace) -> int:
         raise UsageError("say where to serve the device: --socket-path, --fd or --connect")
     with ended_by_signals(status=0):
         device = make()
+        device.packed_rings |= arguments.packed_rings
+        device.in_order |= arguments.in_order
         # The device has a thread of its own, so that signals are looked at whatever a handler is doing.
         server = device.start(path, fd=fd, connect=connect, once=arguments.once, mode=arguments.mode)
         try:
