@@ -8,18 +8,19 @@ EXTENSION := .venv/.extension
 WHEEL_ENVIRONMENT := target/wheel-environment
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+BENCH_ENVIRONMENT := target/bench-environment
 
 # What builds the extension and the guest's kernel, what tests run in the guest, whose root is this system's, and beside
 # it: qemu-storage-daemon is in either of its two packages, depending on the release.
 PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
-    mount python3-venv qemu-system-common qemu-utils tshark xz-utils
+    mount python3-venv qemu-system-common qemu-utils tshark valgrind xz-utils
 
 # In a folder of its own: maturin sets PyO3 up in another way, and each would make the other build everything again.
 CLIPPY := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --target-dir target/clippy --locked --all-targets
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz guest wheel clean packages
+.PHONY: help demo test lint fuzz guest wheel bench instructions clean packages
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +43,25 @@ lint: $(EXTENSION) ## formatting, clippy, ruff, mypy, the stubs against the modu
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/cibuildwheel --platform linux --archs x86_64,aarch64 --print-build-identifiers
+
+bench: bench-environment ## how fast it is, against what others have: under ten minutes on a machine that does nothing else
+	rm -rf target/criterion
+	-cargo bench --locked --bench rings -- --noplot --warm-up-time 0.3 --measurement-time 1
+	-cargo build --release --locked --manifest-path benchmarks/peer/Cargo.toml --target-dir target/peer
+	$(BENCH_ENVIRONMENT)/bin/python benchmarks/run.py
+	$(BENCH_ENVIRONMENT)/bin/python benchmarks/report.py
+
+instructions: bench-environment ## what a ring and a request cost in instructions, against what is recorded
+	cargo bench --locked --no-run --bench instructions
+	$(BENCH_ENVIRONMENT)/bin/python benchmarks/instructions.py
+
+# With the release build: what `maturin develop` makes for the tests is slower.
+.PHONY: bench-environment
+bench-environment: $(TOOLS)
+	rm -rf target/bench-wheels
+	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --out target/bench-wheels
+	$(PYTHON) -m venv --clear $(BENCH_ENVIRONMENT)
+	$(BENCH_ENVIRONMENT)/bin/pip install --quiet --no-index target/bench-wheels/*.whl
 
 guest: uml qemu ## the kernels that the tests boot; the first time takes ten minutes
 

@@ -9,14 +9,17 @@ use std::hint::black_box;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rig::{AVAIL, BATCH, DESCRIPTORS, Rig, SIZE, USED};
-use vhost_user::virtqueue::{Chain, Ring, RingLimits, RingOptions, SplitRing, Used};
+use vhost_user::virtqueue::{
+    Chain, Driver, PackedDriver, PackedRing, Ring, RingLimits, RingOptions, SplitDriver, SplitRing, Used,
+};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-criterion_group!(benches, split, floor, virtio_queue);
+criterion_group!(benches, split, floor, virtio_queue, refilled);
 criterion_main!(benches);
 
 fn split(criterion: &mut Criterion) {
@@ -38,6 +41,53 @@ fn split(criterion: &mut Criterion) {
             black_box(ring.publish());
         });
     }
+}
+
+/// Both formats with a driver that fills the ring again, which is not counted: in a packed ring it has to.
+fn refilled(criterion: &mut Criterion) {
+    for descriptors in [1, 3] {
+        refill::<SplitRing, SplitDriver>(criterion, "refilled split", descriptors, RingOptions::default());
+        let options = RingOptions { packed: true, ..RingOptions::default() };
+        refill::<PackedRing, PackedDriver>(criterion, "refilled packed", descriptors, options);
+    }
+}
+
+fn refill<R: Ring, D: Driver>(criterion: &mut Criterion, name: &str, descriptors: usize, options: RingOptions) {
+    let rig = Rig::new(descriptors, 1);
+    let driver = D::new(Rig::addresses(), SIZE, 0, options, Arc::clone(&rig.memory));
+    let mut driver = driver.expect("a ring that is in memory");
+    let limits = RingLimits::default();
+    let ring = R::new(Rig::addresses(), SIZE, driver.base(), options, limits, Arc::clone(&rig.memory));
+    let mut ring = ring.expect("a ring that is in memory");
+    let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
+    let mut group = criterion.benchmark_group("ring");
+    group.throughput(Throughput::Elements(BATCH.into()));
+    group.bench_function(format!("{name}/{descriptors} descriptors/1 regions"), |bencher| {
+        bencher.iter_custom(|rounds| {
+            let mut elapsed = Duration::ZERO;
+            for _ in 0..rounds {
+                for at in 0..BATCH {
+                    driver.add(&Rig::elements(descriptors, at), None).expect("room for a chain");
+                }
+                black_box(driver.publish());
+                let begin = Instant::now();
+                assert!(ring.look().expect("a good ring"));
+                for chain in &mut chains {
+                    assert!(ring.pop(chain).expect("a good chain"));
+                }
+                for chain in &chains {
+                    ring.push_used(Used { head: chain.head(), written: chain.writable() as u32 });
+                }
+                black_box(ring.publish());
+                elapsed += begin.elapsed();
+                for _ in 0..BATCH {
+                    driver.pop().expect("a good device").expect("a chain that was given back");
+                }
+            }
+            elapsed
+        });
+    });
+    group.finish();
 }
 
 fn virtio_queue(criterion: &mut Criterion) {

@@ -1,3 +1,5 @@
+#![allow(dead_code, reason = "each benchmark uses a part of it")]
+
 //! A split ring that a driver has filled, over one or more regions of memory.
 //!
 //! The driver's part of a round is one store: every entry of the available ring names a chain that is there already.
@@ -10,7 +12,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_user::memory::{Snapshot, access};
 use vhost_user::protocol::Region;
-use vhost_user::virtqueue::RingAddresses;
+use vhost_user::virtqueue::{Element, RingAddresses};
 
 pub const SIZE: u16 = 1024;
 pub const BATCH: u16 = 256;
@@ -84,6 +86,18 @@ impl Rig {
     /// Where a guest address of the first region is in this process.
     pub fn pointer(&self, address: u64) -> *mut u8 {
         self.memory.user_pointer(USER + address, REGION - address).expect("an address of the first region").as_ptr()
+    }
+
+    /// The parts of the chain that a driver adds as number `at` of a batch.
+    pub fn elements(descriptors: usize, at: u16) -> Vec<Element> {
+        let parts: &[(u32, bool)] = if descriptors == 1 { &ONE } else { &THREE };
+        let place = |part: usize| 0x20_0000 + (u64::from(at) * 3 + part as u64) * 0x2000;
+        let part = |(part, (length, writable)): (usize, &(u32, bool))| Element {
+            address: place(part),
+            length: *length,
+            writable: *writable,
+        };
+        parts.iter().enumerate().map(part).collect()
     }
 
     /// Make another batch available.

@@ -21,7 +21,6 @@ import os
 import stat
 import struct
 import weakref
-from collections.abc import Callable, Iterator
 
 from .. import config
 from .._core import Request, transfer_blocks
@@ -76,6 +75,9 @@ MAX_SEGMENTS = 126
 MAX_RANGES = 32
 MAX_DISCARD_SECTORS = 1 << 22
 MAX_WRITE_ZEROES_SECTORS = 1 << 16
+
+#: What a read or a write goes through, and somebody may override.
+TRANSFER_METHODS = frozenset({"execute", "read", "write"})
 
 # fallocate(2)
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -214,7 +216,9 @@ class Blk(Device, device_id=DeviceId.BLOCK):
     @requestqs.batch_handler
     def transfer(self, requests: list[Request]) -> list[Request]:
         """Do what can be done without Python: reads and writes that are nobody's special wish. Returns the others."""
-        if not all(getattr(method, "__func__", None) is plain for method, plain in self._transfer_methods()):
+        cls = type(self)
+        is_plain = cls.execute is Blk.execute and cls.read is Blk.read and cls.write is Blk.write
+        if not (is_plain and TRANSFER_METHODS.isdisjoint(vars(self))):
             return requests
         return transfer_blocks(requests, self._fd, self.capacity, not self.read_only and self._has_cache)
 
@@ -299,12 +303,6 @@ class Blk(Device, device_id=DeviceId.BLOCK):
             if sectors:
                 ranges.append((self._offset(sector, sectors * SECTOR), sectors * SECTOR, flags))
         return ranges
-
-    def _transfer_methods(self) -> Iterator[tuple[Callable[..., object], Callable[..., object]]]:
-        """The methods that a read or a write goes through, and what they are unless somebody overrides them."""
-        yield self.execute, Blk.execute
-        yield self.read, Blk.read
-        yield self.write, Blk.write
 
     @property
     def _has_cache(self) -> bool:

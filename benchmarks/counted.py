@@ -1,0 +1,58 @@
+"""So many batches of requests to a device in this process: for a program that counts instructions.
+
+`python counted.py empty|read BATCHES`. The chains are all in memory before the ring starts, whether or not they are
+used: what differs with the number of batches is the device's part alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import vhost_user as vu
+from raw import PROTOCOL_FEATURES, VERSION_1, FrontEnd, Memory, Ring
+from vhost_user.devices.blk import HEADER, Blk
+
+BATCH = 256
+CHAINS = 20 * BATCH
+SIZE = 8192
+BLOCK = 4096
+
+
+class Empty(vu.Device, device_id=vu.DeviceId.RNG):
+    requestq = vu.Queue(size=SIZE)
+
+    @requestq.handler
+    def handle(self, request: vu.Request) -> None:
+        pass
+
+
+def main() -> None:
+    kind, batches = sys.argv[1], int(sys.argv[2])
+    device: vu.Device = Empty() if kind == "empty" else Blk(1 << 20)
+    with tempfile.TemporaryDirectory() as folder, device.start(Path(folder, "device.sock")) as server:
+        front = FrontEnd(server.address)
+        front.negotiate(PROTOCOL_FEATURES | VERSION_1)
+        memory = front.own(Memory())
+        front.share(memory)
+        ring = Ring(memory, size=SIZE)
+        buffer, status, header = memory.allocate(BLOCK), memory.allocate(1), memory.put(HEADER.pack(0, 0))
+        # Every chain is the same one.
+        pieces = [(header, HEADER.size, 0), (buffer, BLOCK, 2), (status, 1, 2)]
+        head = ring.add_pieces(pieces if kind == "read" else [(buffer, 64, 2)])
+        ring.offer(*[head] * (CHAINS - 1))
+        ring.avail_index = batches * BATCH
+        call = front.set_call(ring)
+        front.start(ring)
+        while ring.used_index != batches * BATCH:
+            assert call.came()
+    # What comes now is the interpreter's, and of no interest.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

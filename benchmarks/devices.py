@@ -1,0 +1,98 @@
+"""The devices that are measured: `python devices.py NAME SOCKET [ARGUMENT]` serves one."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+
+import vhost_user as vu
+from vhost_user.devices.blk import Blk
+
+HEADER = struct.Struct("<I4xQ")
+PACKET = bytes(64)
+
+
+class Empty(vu.Device, device_id=vu.DeviceId.RNG):
+    """A handler that does nothing: what is left is what a request costs."""
+
+    requestq = vu.Queue(size=1024)
+
+    @requestq.handler
+    def handle(self, request: vu.Request) -> None:
+        pass
+
+
+class Polling(Empty):
+    """The same, which looks for requests by itself for a while."""
+
+    busy_poll = 0.001
+
+
+class Header(vu.Device, device_id=vu.DeviceId.BLOCK):
+    """A handler that reads a header and writes a status."""
+
+    requestq = vu.Queue(size=1024)
+
+    @requestq.handler
+    def handle(self, request: vu.Request) -> None:
+        _kind, _sector = request.unpack(HEADER)
+        request.write_tail(b"\0")
+
+
+class Null(Blk):
+    """A disk whose own handler moves no data."""
+
+    @Blk.requestqs.handler
+    def answer(self, request: vu.Request) -> None:
+        _kind, _sector = request.unpack(HEADER)
+        request.write_tail(b"\0")
+
+
+class PollingNull(Null):
+    busy_poll = 0.001
+
+
+class PollingBlk(Blk):
+    busy_poll = 0.001
+
+
+class Sink(vu.Device, device_id=vu.DeviceId.NET):
+    """Takes packets, as many at once as there are."""
+
+    packets = 0
+    txq = vu.Queue(size=1024)
+
+    @txq.batch_handler
+    def take(self, requests: list[vu.Request]) -> None:
+        self.packets += len(requests)
+
+
+class Source(vu.Device, device_id=vu.DeviceId.NET):
+    """Fills every buffer that the driver has, so many at once."""
+
+    rxq = vu.Queue(size=1024)
+
+    def __init__(self, batch: int = 256) -> None:
+        self.burst = [PACKET] * batch
+
+    def on_buffers(self, queue: vu.DeviceQueue) -> None:
+        while queue.push_many(self.burst):
+            pass
+
+
+DEVICES: dict[str, Callable[..., vu.Device]] = {
+    "empty": Empty,
+    "polling": Polling,
+    "header": Header,
+    "blk": Blk,
+    "polling-blk": PollingBlk,
+    "null": lambda: Null(1 << 30),
+    "polling-null": lambda: PollingNull(1 << 30),
+    "sink": Sink,
+    "source": lambda batch: Source(int(batch)),
+}
+
+if __name__ == "__main__":
+    name, path, *arguments = sys.argv[1:]
+    DEVICES[name](*arguments).serve(path)

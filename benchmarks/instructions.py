@@ -1,0 +1,100 @@
+"""Count the instructions of a ring and of requests, and compare them with what is recorded.
+
+Called by `make instructions`. A count is the same however busy the machine is; one that has grown by more than 5 %
+fails. Counts of another compiler, interpreter or processor are shown and not judged: `--record` writes those of this
+one down.
+
+What starts and ends a program is counted too, and taken off again: each is run with little to do, and with more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RECORD = HERE / "instructions.json"
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+
+#: How much more a count may be than the recorded one.
+TOLERANCE = 0.05
+
+FEW, MANY = 4, 20
+BATCH = 256
+
+
+def ring(descriptors: int) -> float:
+    """Of a chain: taken, checked and given back."""
+    programs = [path for path in (TARGET / "release" / "deps").glob("instructions-*") if not path.suffix]
+    if not programs:
+        sys.exit("benchmarks/instructions.py: build it first: cargo bench --no-run --bench instructions")
+    program = max(programs, key=lambda path: path.stat().st_mtime)
+    few, many = (_count([str(program), str(batches), str(descriptors)]) for batches in (FEW, MANY))
+    return (many - few) / ((MANY - FEW) * BATCH)
+
+
+def request(kind: str) -> float:
+    """Of a request to a device in Python, but for the driver's part."""
+    program = [sys.executable, str(HERE / "counted.py"), kind]
+    few, many = (_count([*program, str(batches)]) for batches in (FEW, MANY))
+    return (many - few) / ((MANY - FEW) * BATCH)
+
+
+def _count(program: list[str]) -> int:
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *program]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode or not found:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(found[1])
+
+
+COUNTS: dict[str, Callable[[], float]] = {
+    "ring, 1 descriptor": lambda: ring(1),
+    "ring, 3 descriptors": lambda: ring(3),
+    "empty request": lambda: request("empty"),
+    "disk read, 4 KiB": lambda: request("read"),
+}
+
+
+def toolchain() -> dict[str, str]:
+    rustc = subprocess.run(["rustc", "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return {"rustc": rustc, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="write down what is counted")
+    options = parser.parse_args()
+    if shutil.which("valgrind") is None:
+        sys.exit("benchmarks/instructions.py: valgrind is not installed: apt-get install valgrind")
+    here = toolchain()
+    counts = {name: round(count(), 1) for name, count in COUNTS.items()}
+    if options.record:
+        RECORD.write_text(json.dumps({"toolchain": here, "instructions": counts}, indent=1) + "\n")
+    recorded = json.loads(RECORD.read_text())
+    other = {key: value for key, value in recorded["toolchain"].items() if here[key] != value}
+    if other:
+        print(f"recorded with {other}, not with what is here ({here}): shown, not judged")
+    grown = False
+    for name, count in counts.items():
+        before = recorded["instructions"][name]
+        growth = count / before - 1
+        grown |= growth > TOLERANCE
+        print(f"{name:22}{count:10.1f}   recorded {before:10.1f}   {growth:+.1%}")
+    if grown and not other:
+        sys.exit(f"a count has grown by more than {TOLERANCE:.0%}: find out why; if it has to be, record it (--record)")
+
+
+if __name__ == "__main__":
+    main()
