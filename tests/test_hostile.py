@@ -1011,3 +1011,11 @@ def test_the_log_follows_the_level_that_its_logger_has_now(front: FrontEnd, capl
     with caplog.at_level(logging.WARNING, "vhost_user"):
         assert front.ask(Id.SET_VRING_NUM, vring_state(0, 48)) != 0
     assert "refused: SET_VRING_NUM: queue 0 asked for 48 entries" in caplog.text
+
+
+def test_a_flood_of_refused_messages_does_not_fill_the_log(front: FrontEnd, caplog: pytest.LogCaptureFixture) -> None:
+    before = time.monotonic()
+    for _ in range(1000):
+        assert front.ask(Id.SET_VRING_NUM, vring_state(0, 48)) != 0
+    seconds = time.monotonic() - before
+    assert 20 <= caplog.text.count("refused: SET_VRING_NUM") <= 21 + seconds
