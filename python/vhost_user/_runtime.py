@@ -6,21 +6,21 @@ The core calls the methods without an underscore below "From the core", on the t
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
 from ._core import Backend, BatchHandler, ProtocolFeature, Request, TransportFeature
 from .errors import DeclarationError, StateError, VhostUserError
+from .functions import is_coroutine_function
 from .loop import Loop, Timer, Watch
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
 
     from .config import Field
     from .device import Device
@@ -133,7 +133,7 @@ class Runtime:
     @property
     def has_coroutines(self) -> bool:
         cls = type(self.device)
-        return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in self.device._handlers.values())
+        return any(is_coroutine_function(getattr(cls, name)) for name in self.device._handlers.values())
 
     @property
     def _name(self) -> str:
@@ -279,7 +279,7 @@ class Runtime:
         if name is None:
             return None
         method = getattr(self.device, name)
-        if not inspect.iscoroutinefunction(method):
+        if not is_coroutine_function(method):
             return method  # type: ignore[no-any-return]
 
         def begin(request: Request) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from . import config
 from ._core import ProtocolFeature
 from ._runtime import Runtime
 from .errors import DeclarationError
+from .functions import is_coroutine_function, takes
 from .queues import Queue
 from .server import Endpoint, Server
 
@@ -298,7 +298,7 @@ def _batch_handlers(cls: type[Device], members: list[Any]) -> dict[Queue, str]:
         if any(queue.name == _handled_queue(member) for member in below):
             del handlers[queue]
     for name in handlers.values():
-        if inspect.iscoroutinefunction(getattr(cls, name)):
+        if is_coroutine_function(getattr(cls, name)):
             raise DeclarationError(f"{cls.__name__}.{name} handles batches; it cannot be an `async def`")
     return handlers
 
@@ -309,9 +309,5 @@ def _handled_queue(member: object) -> str | None:
 
 
 def _check_signature(cls: type[Device], handler: Callable[..., object]) -> None:
-    try:
-        inspect.signature(handler).bind(None, None)
-    except TypeError:
-        raise DeclarationError(
-            f"{cls.__name__}.{handler.__name__} must take (self, request) to handle a queue"
-        ) from None
+    if not takes(handler, 2):
+        raise DeclarationError(f"{cls.__name__}.{handler.__name__} must take (self, request) to handle a queue")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,7 +71,7 @@ class Loop:
 
 def _late_bound(callback: Callable[[], object]) -> Callable[[], object]:
     """A method is looked up when it is called: until then its object may have got another class, with new code."""
-    if not inspect.ismethod(callback):
+    if not isinstance(callback, types.MethodType):
         return callback
     owner, name = callback.__self__, callback.__name__
     if getattr(owner, name, None) != callback:

@@ -6,8 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 
 from .errors import DeclarationError, QueueFull, RequestOverflow
 
@@ -123,8 +122,7 @@ class QueueArray(Queue):
         return count
 
 
-@dataclass(frozen=True, slots=True)
-class QueueStatistics:
+class QueueStatistics(NamedTuple):
     """Counters of a queue, since the device was made."""
 
     requests: int = 0

@@ -11,14 +11,14 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from .errors import AddressInUse, StateError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .device import Device
 
 PathLike = str | os.PathLike[str]
@@ -29,23 +29,30 @@ MAX_PATH = 107
 SYSTEMD_FIRST_FD = 3
 
 
-@dataclass(frozen=True)
 class Endpoint:
     """How front ends reach the device: exactly one of a path to listen at, a descriptor, and a path to connect to."""
 
-    path: PathLike | None = None
-    fd: int | None = None
-    connect: PathLike | None = None
-    mode: int = 0o600
-
-    def __post_init__(self) -> None:
-        ways = [way for way in (self.path, self.fd, self.connect) if way is not None]
+    def __init__(
+        self,
+        path: PathLike | None = None,
+        fd: int | None = None,
+        connect: PathLike | None = None,
+        mode: int = 0o600,
+    ) -> None:
+        ways = [way for way in (path, fd, connect) if way is not None]
         if len(ways) > 1:
             raise StateError("choose one of a path, a descriptor, and a path to connect to")
+        self.path = path
+        self.fd = fd
+        self.connect = connect
+        self.mode = mode
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[socket.socket | None, socket.socket | None, Address]]:
         """A listening socket, or a connected one, and its name; closed and cleaned up afterwards."""
+        # Takes as long to import as the rest of the package together.
+        from pathlib import Path
+
         if self.path is not None:
             with _listening(Path(self.path), self.mode) as listener:
                 yield listener, None, os.fspath(self.path)
