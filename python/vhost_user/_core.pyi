@@ -198,6 +198,21 @@ class Backend:
         """Tell the driver that the configuration space changed."""
     def set_busy_poll(self, seconds: float) -> None:
         """Look for requests for up to so many seconds before going to sleep, as long as it was worth it lately."""
+    def ask(
+        self,
+        name: str,
+        payload: bytes,
+        descriptors: Sequence[int],
+        then: Callable[[int | None, Exception | None], object],
+    ) -> None:
+        """Ask the front-end for something.
+
+        `then(descriptor, error)` is called on the loop's thread, with a descriptor that belongs to it, or with what
+        went wrong.
+        """
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the calling thread is the loop's."""
     def take(self, queue: int) -> Request | None:
         """The next request of a queue that has no handler, or None. From any thread."""
     def push(self, queue: int, data: Buffer) -> bool:
@@ -340,8 +355,18 @@ class Frontend:
     def set_gpu_socket(self, fd: int) -> None: ...
     def get_shared_object(self, uuid: bytes) -> int | None:
         """Returns a descriptor that the caller owns."""
-    def get_shared_memory(self) -> dict[int, int]:
+    def shared_memory(self) -> dict[int, int]:
         """Bytes of each shared memory region, by its index."""
+    def mappings(self, region: int) -> list[tuple[int, int, bool]]:
+        """Where something is mapped in a shared memory region: offset, size, and whether it may be written to."""
+    def read_shared_memory(self, region: int, offset: int, size: int) -> bytes: ...
+    def write_shared_memory(self, region: int, offset: int, data: bytes | bytearray) -> None: ...
+    def host_notifiers(self) -> list[int]:
+        """The queues that the back-end gave a page for."""
+    def notify_host(self, queue: int) -> None: ...
+    def shared_objects(self) -> list[bytes]:
+        """The objects that the back-end shares."""
+    def provide_shared_object(self, uuid: bytes, fd: int) -> None: ...
     def share(self, memories: Sequence[Memory]) -> None:
         """Share these memories, and no others any more."""
     def get_inflight(self, queues: int, queue_size: int) -> InflightRecord:

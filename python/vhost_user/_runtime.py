@@ -411,15 +411,13 @@ class Runtime:
         elif self._waiting is None and not self._once:
             # The first one may be gone without our having read it yet.
             self._waiting = connection
-            self._patience = Timer(
-                self._the_backend, PATIENCE, lambda: self._refuse_waiting("another one is connected")
-            )
+            self._patience = Timer(self.backend, PATIENCE, lambda: self._refuse_waiting("another one is connected"))
         else:
             self._refuse(connection, "another one is connected")
 
     def _connect(self, connection: socket.socket) -> None:
         logger.info("%s: a front-end connected", self._name)
-        self._the_backend.connect(connection.detach())
+        self.backend.connect(connection.detach())
         self.device.on_connect()
 
     def _refuse_waiting(self, why: str) -> None:
@@ -440,7 +438,7 @@ class Runtime:
         connection.close()
 
     @property
-    def _the_backend(self) -> Backend:
+    def backend(self) -> Backend:
         if self._backend is None:
             raise StateError(f"{self._name} is not served")
         return self._backend

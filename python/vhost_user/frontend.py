@@ -24,10 +24,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 from . import _core
 from ._core import InflightRecord, Memory, ProtocolFeature, TransportFeature
 from .errors import PeerClosed, PeerTimeout, StateError, VhostUserError
+from .loop import HasFileno
 from .queues import Buffer
 from .server import Endpoint, PathLike
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from .extensions.crypto import AsymmetricSession, SymmetricSession
     from .extensions.gpu import ScreenServer
 
@@ -57,10 +60,11 @@ logger = logging.getLogger(__name__)
 class Event(NamedTuple):
     """What a back-end said unasked, on the channel that it has for that."""
 
-    kind: Literal["config_changed", "refused", "channel_closed"]
-    """The configuration space has changed; or a request could not be served; or there will be no more of them."""
+    kind: Literal["config_changed", "host_notifier", "shared_object", "shared_memory", "refused", "channel_closed"]
+    """The configuration space has changed; or a host notifier, the shared objects, or what is mapped in shared memory;
+    or a request could not be served; or there will be no more of them."""
     detail: str
-    """Why, if it is not the first."""
+    """Which of them; or why."""
 
 
 class Frontend:
@@ -325,6 +329,66 @@ class Frontend:
     def close_crypto_session(self, number: int) -> None:
         """Close a session of a crypto device. Needs CRYPTO_SESSION."""
         self._session.close_crypto_session(number)
+
+    @property
+    def shared_memory(self) -> dict[int, int]:
+        """Bytes of each shared memory region of the device, by its index. Virtio 1.3, section 2.10. Needs SHMEM."""
+        return self._session.shared_memory()
+
+    def mappings(self, region: int) -> list[tuple[int, int, bool]]:
+        """Where the back-end has mapped something in a shared memory region: offset, size, and whether it is writable.
+
+        Needs SHMEM.
+        """
+        return self._session.mappings(region)
+
+    def read_shared_memory(self, region: int, offset: int, size: int) -> bytes:
+        """Read from a shared memory region.
+
+        Raises:
+            StateError: not all of it is in one mapping.
+        """
+        return self._session.read_shared_memory(region, offset, size)
+
+    def write_shared_memory(self, region: int, offset: int, data: Buffer) -> None:
+        """Write to a shared memory region.
+
+        Raises:
+            StateError: not all of it is in one mapping, or that is not writable.
+        """
+        self._session.write_shared_memory(region, offset, bytes(data))
+
+    @property
+    def host_notifiers(self) -> list[int]:
+        """The queues that the back-end has given a page for, to be notified by. Needs HOST_NOTIFIER."""
+        return self._session.host_notifiers()
+
+    def notify_host(self, queue: int) -> None:
+        """Notify a queue by the page that the back-end has given for it.
+
+        Raises:
+            StateError: it has given none.
+        """
+        self._session.notify_host(queue)
+
+    @property
+    def shared_objects(self) -> set[UUID]:
+        """The objects that the back-end shares. Needs SHARED_OBJECT."""
+        from uuid import UUID
+
+        return {UUID(bytes=uuid) for uuid in self._session.shared_objects()}
+
+    def get_shared_object(self, uuid: UUID) -> int | None:
+        """The file of an object of the back-end, as a descriptor that the caller owns; None if it does not have it."""
+        return self._session.get_shared_object(uuid.bytes)
+
+    def provide_shared_object(self, uuid: UUID, file: int | HasFileno) -> None:
+        """Let the back-end look up an object of somebody else, by a copy of the descriptor of `file`.
+
+        Raises:
+            StateError: the back-end itself shares an object of this name.
+        """
+        self._session.provide_shared_object(uuid.bytes, file if isinstance(file, int) else file.fileno())
 
     def open_screen(self) -> ScreenServer:
         """Give a device that draws a socket to draw on, and return its other end. vhost-user-gpu specification."""

@@ -91,7 +91,13 @@ impl Profile {
             | ProtocolFeatures::GET_VRING_BASE_INFLIGHT
             | ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN;
         let config = if self.has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::default() };
-        always | config | self.extensions
+        let with_files = ProtocolFeatures::HOST_NOTIFIER | ProtocolFeatures::SHARED_OBJECT | ProtocolFeatures::SHMEM;
+        let files = if (self.extensions.0 & with_files.0) != 0 {
+            ProtocolFeatures::BACKEND_SEND_FD
+        } else {
+            ProtocolFeatures::default()
+        };
+        always | config | files | self.extensions
     }
 }
 

@@ -1,7 +1,7 @@
 //! A device being served: its queues, its configuration space, its session, and the loop that drives them.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,13 +13,14 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::batch::{Failures, Origin, Workspace};
 use super::errors::{self, to_python};
+use super::extensions::duplicate;
 use super::request::{Request, Source};
 use crate::backend::{
-    Channel, ConfigSpace, Event, EventLoop, Flow, Hooks, Interest, Profile, Run, Session, Taken, Token, Vring,
+    Channel, ConfigSpace, Event, EventLoop, Flow, Granted, Hooks, Interest, Profile, Run, Session, Taken, Token, Vring,
     VringStatus,
 };
 use crate::error::{Error, RingError};
-use crate::protocol::{ProtocolFeatures, ShmemConfig, VirtioFeatures};
+use crate::protocol::{BackendMessage, BackendRequest, ProtocolFeatures, ShmemConfig, VirtioFeatures};
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
 /// Requests that are handled between two looks at the other queues and the front-end.
@@ -307,6 +308,25 @@ impl Backend {
         Ok(())
     }
 
+    /// Ask the front-end for something. `then(descriptor, error)` is called on the loop's thread, with a descriptor that
+    /// belongs to it, or with what went wrong.
+    fn ask(&self, py: Python<'_>, name: &str, payload: &[u8], descriptors: Vec<i32>, then: Py<PyAny>) -> PyResult<()> {
+        let row = BackendRequest::TABLE.iter().find(|row| row.name == name);
+        let request = row.and_then(|row| BackendRequest::from_id(row.id).ok());
+        let request = request.ok_or_else(|| PyValueError::new_err(format!("there is no request {name:?}")))?;
+        let message = BackendMessage::decode(request, payload, descriptors.len());
+        let message = message.map_err(|error| to_python(py, error))?;
+        let files = descriptors.into_iter().map(duplicate).collect::<PyResult<_>>()?;
+        let then = move |outcome: Result<Granted, Error>| Python::attach(|py| answered(py, &then, outcome));
+        self.channel.request(message, files, Box::new(then)).map_err(|error| to_python(py, error))
+    }
+
+    /// Whether the calling thread is the loop's.
+    #[getter]
+    fn is_this_thread(&self) -> bool {
+        self.events.is_this_thread()
+    }
+
     /// The next request of a queue that has no handler, or None. From any thread.
     fn take(&self, py: Python<'_>, queue: usize) -> PyResult<Option<Request>> {
         let vring = self.vring(queue)?;
@@ -538,6 +558,8 @@ impl Backend {
         }
         let goes_on = self.connected();
         if !goes_on {
+            // Whoever waits for the front-end is told that it is gone.
+            self.channel.settle();
             self.stopping.store(false, Ordering::Release);
         }
         Ok(goes_on)
@@ -797,6 +819,17 @@ impl Hooks for Turn<'_, '_> {
 
     fn device_reset(&mut self) {
         self.tell("device_reset", ());
+    }
+}
+
+/// Tell `then` what the front-end said.
+fn answered(py: Python<'_>, then: &Py<PyAny>, outcome: Result<Granted, Error>) {
+    let result = match outcome {
+        Ok(granted) => then.call1(py, (granted.descriptor.map(IntoRawFd::into_raw_fd), py.None())),
+        Err(error) => then.call1(py, (py.None(), to_python(py, error).into_value(py))),
+    };
+    if let Err(error) = result {
+        error.write_unraisable(py, Some(then.bind(py)));
     }
 }
 

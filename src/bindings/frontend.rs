@@ -134,8 +134,48 @@ impl Frontend {
         Ok(file.map(IntoRawFd::into_raw_fd))
     }
 
-    fn get_shared_memory(&self, py: Python<'_>) -> PyResult<HashMap<u8, u64>> {
-        self.run(py, || self.core.get_shared_memory()).map(|sizes| sizes.into_iter().collect())
+    /// Bytes of each shared memory region, by its index.
+    fn shared_memory(&self) -> HashMap<u8, u64> {
+        self.core.shared_memory().into_iter().collect()
+    }
+
+    /// Where something is mapped in a shared memory region: offset, size, and whether it may be written to.
+    fn mappings(&self, region: u8) -> Vec<(u64, u64, bool)> {
+        self.core.mappings(region)
+    }
+
+    fn read_shared_memory<'py>(
+        &self,
+        py: Python<'py>,
+        region: u8,
+        offset: u64,
+        size: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let read = |to: &mut [u8]| self.core.read_shared_memory(region, offset, to);
+        PyBytes::new_with(py, size, |to| read(to).map_err(|error| to_python(py, error)))
+    }
+
+    fn write_shared_memory(&self, py: Python<'_>, region: u8, offset: u64, data: PyBackedBytes) -> PyResult<()> {
+        self.core.write_shared_memory(region, offset, &data).map_err(|error| to_python(py, error))
+    }
+
+    /// The queues that the back-end gave a page for.
+    fn host_notifiers(&self) -> Vec<u32> {
+        self.core.host_notifiers()
+    }
+
+    fn notify_host(&self, py: Python<'_>, queue: u32) -> PyResult<()> {
+        self.core.notify_host(queue).map_err(|error| to_python(py, error))
+    }
+
+    /// The objects that the back-end shares.
+    fn shared_objects(&self) -> Vec<[u8; 16]> {
+        self.core.shared_objects().into_iter().map(|uuid| uuid.0).collect()
+    }
+
+    fn provide_shared_object(&self, py: Python<'_>, uuid: [u8; 16], fd: i32) -> PyResult<()> {
+        let file = duplicate(fd)?;
+        self.core.provide_shared_object(Uuid(uuid), file.as_fd()).map_err(|error| to_python(py, error))
     }
 
     /// Share these memories, and no others any more.
@@ -159,6 +199,9 @@ impl Frontend {
         let event = self.run(py, || self.core.next_event(deadline(timeout)))?;
         Ok(event.map(|event| match event {
             Event::ConfigChanged => ("config_changed", String::new()),
+            Event::HostNotifier(which) => ("host_notifier", which),
+            Event::SharedObject(which) => ("shared_object", which),
+            Event::SharedMemory(where_) => ("shared_memory", where_),
             Event::Refused(reason) => ("refused", reason),
             Event::ChannelClosed(reason) => ("channel_closed", reason),
         }))

@@ -4,7 +4,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use super::Frontend;
+use super::{Frontend, lock};
 use crate::error::Error;
 use crate::protocol::{CryptoSession, Empty, FrontendMessage, ShmemConfig, U64, Uuid};
 
@@ -51,8 +51,8 @@ impl Frontend {
         Ok(file)
     }
 
-    /// Bytes of each shared memory region of the device, with its index.
-    pub fn get_shared_memory(&self) -> Result<Vec<(u8, u64)>, Error> {
+    /// Ask for the sizes of the device's shared memory regions, once: they do not change.
+    pub(super) fn ask_for_shared_memory(&self) -> Result<(), Error> {
         let message = FrontendMessage::GetShmemConfig(Empty);
         let ShmemConfig { regions, sizes, .. } = self.ask(&message)?;
         let sizes: Vec<_> = (0..=u8::MAX).zip(sizes).filter(|(_, size)| *size > 0).collect();
@@ -63,6 +63,7 @@ impl Frontend {
         if let Some((region, size)) = sizes.iter().find(|(_, size)| size % page != 0) {
             return Err(self.give_up(&message, &format!("region {region} has {size} bytes, no multiple of {page}")));
         }
-        Ok(sizes)
+        lock(&self.windows).set_regions(&sizes);
+        Ok(())
     }
 }

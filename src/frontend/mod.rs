@@ -7,6 +7,7 @@
 //! | `memory` | guest memory that this process makes, and what is free of it |
 //! | `queue` | one ring with its notifications and the requests that are under way |
 //! | `load` | the same request again and again on such rings, and how long each took |
+//! | `windows` | what a back-end shows beside the rings |
 //!
 //! The back end is the one that is not trusted here: every answer has a deadline, and is checked. Everything can be
 //! used from several threads at once. Nothing here knows of Python.
@@ -16,6 +17,7 @@ mod load;
 mod memory;
 mod queue;
 mod session;
+mod windows;
 
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use memory::{Allocation, Memory};

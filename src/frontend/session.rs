@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 
+use super::windows::Windows;
 use super::{Memory, lock};
 use crate::error::Error;
 use crate::protocol::{
@@ -51,6 +52,7 @@ pub struct Frontend {
     channel: Mutex<Option<Arc<Channel>>>,
     /// What VRING_CALL and VRING_ERR signal, by queue.
     in_band: Mutex<HashMap<u32, InBand>>,
+    pub(super) windows: Mutex<Windows>,
     events: Mutex<VecDeque<Event>>,
     /// Counts `events`.
     event_count: OwnedFd,
@@ -117,6 +119,12 @@ pub struct Offer {
 pub enum Event {
     /// The configuration space has to be read again.
     ConfigChanged,
+    /// VRING_HOST_NOTIFIER_MSG, and of which queue.
+    HostNotifier(String),
+    /// SHARED_OBJECT_ADD or SHARED_OBJECT_REMOVE, and the object.
+    SharedObject(String),
+    /// SHMEM_MAP or SHMEM_UNMAP, and where.
+    SharedMemory(String),
     /// A request that cannot be served, or is malformed. The back-end was told if it wanted to know.
     Refused(String),
     /// There will be no more of them.
@@ -139,7 +147,11 @@ impl Frontend {
             | ProtocolFeatures::CRYPTO_SESSION.0
             | ProtocolFeatures::INFLIGHT_SHMFD.0
             | ProtocolFeatures::GET_VRING_BASE_INFLIGHT.0
-            | ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN.0,
+            | ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN.0
+            | ProtocolFeatures::BACKEND_SEND_FD.0
+            | ProtocolFeatures::HOST_NOTIFIER.0
+            | ProtocolFeatures::SHARED_OBJECT.0
+            | ProtocolFeatures::SHMEM.0,
     );
 
     /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.
@@ -156,6 +168,7 @@ impl Frontend {
             shared: Mutex::default(),
             channel: Mutex::default(),
             in_band: Mutex::default(),
+            windows: Mutex::default(),
             events: Mutex::default(),
             event_count: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE)
                 .map_err(Error::os("making an eventfd"))?,
@@ -193,6 +206,9 @@ impl Frontend {
         let negotiated = self.protocol_features();
         if negotiated.contains(ProtocolFeatures::MQ) {
             offer.queues = Some(self.ask::<U64>(&FrontendMessage::GetQueueNum(Empty))?.0);
+        }
+        if negotiated.contains(ProtocolFeatures::SHMEM) {
+            self.ask_for_shared_memory()?;
         }
         if negotiated.contains(ProtocolFeatures::BACKEND_REQ) {
             self.open_channel()?;
@@ -258,12 +274,14 @@ impl Frontend {
     /// Bring the device back to its initial state. Its queues have to be started again.
     pub fn reset(&self) -> Result<(), Error> {
         if self.protocol_features().contains(ProtocolFeatures::RESET_DEVICE) {
-            self.tell(&FrontendMessage::ResetDevice(Empty), &[])
+            self.tell(&FrontendMessage::ResetDevice(Empty), &[])?;
         } else if self.protocol_features().contains(ProtocolFeatures::STATUS) {
-            self.set_status(0)
+            self.set_status(0)?;
         } else {
-            Err(Error::State("a reset needs RESET_DEVICE or STATUS, and neither was negotiated".to_owned()))
+            return Err(Error::State("a reset needs RESET_DEVICE or STATUS, and neither was negotiated".to_owned()));
         }
+        lock(&self.windows).unmap_all();
+        Ok(())
     }
 
     /// Read `size` bytes of the configuration space.
@@ -558,7 +576,7 @@ impl Frontend {
         let mut connection = lock(&channel.connection);
         let outcome = match connection.try_receive() {
             Ok(Received::Incomplete) => return,
-            Ok(Received::Frame(frame)) => self.answer(&connection, &frame),
+            Ok(Received::Frame(frame)) => self.answer(&connection, frame),
             Ok(Received::Closed) => Err(Error::Closed("the back-end closed it".to_owned())),
             Err(error) => Err(error),
         };
@@ -581,24 +599,32 @@ impl Frontend {
     }
 
     /// Answer a request. Returns what there is to tell about it, if anything.
-    fn answer(&self, connection: &Connection, frame: &Frame) -> Result<Option<Event>, Error> {
+    fn answer(&self, connection: &Connection, frame: Frame) -> Result<Option<Event>, Error> {
         frame.header.check_request()?;
         if lock(&self.events).len() >= MAX_EVENTS {
             return Err(Error::Framing(format!("more than {MAX_EVENTS} requests that nobody looked at")));
         }
-        let event = self.understand(frame).unwrap_or_else(|error| Some(Event::Refused(error.to_string())));
-        if frame.header.flags.need_reply() && self.protocol_features().contains(ProtocolFeatures::REPLY_ACK) {
+        let header = frame.header;
+        let (event, file) = match self.understand(frame) {
+            Ok(Served::Told(event)) => (event, None),
+            Ok(Served::Found(file)) => (None, Some(file)),
+            Err(error) => (Some(Event::Refused(error.to_string())), None),
+        };
+        let asked = header.flags.need_reply() && self.protocol_features().contains(ProtocolFeatures::REPLY_ACK);
+        if asked || header.request == BackendRequest::SharedObjectLookup as u32 {
             let code = u64::from(matches!(event, Some(Event::Refused(_)))).to_ne_bytes();
-            connection.send(frame.header.request, Flags::ANSWER, &code, &[], Instant::now() + self.timeout)?;
+            let files: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+            connection.send(header.request, Flags::ANSWER, &code, &files, Instant::now() + self.timeout)?;
         }
         Ok(event)
     }
 
-    fn understand(&self, frame: &Frame) -> Result<Option<Event>, Error> {
+    fn understand(&self, frame: Frame) -> Result<Served, Error> {
+        use BackendMessage as M;
         let request = BackendRequest::from_id(frame.header.request)?;
         let refused = |reason: String| Error::Refused { message: request.name(), reason };
-        if let Some(defect) = &frame.defect {
-            return Err(refused(defect.clone()));
+        if let Some(defect) = frame.defect {
+            return Err(refused(defect));
         }
         let message = BackendMessage::decode(request, &frame.payload, frame.descriptors.len())?;
         if let Gate::Protocol(feature) = request.info().gate
@@ -606,20 +632,38 @@ impl Frontend {
         {
             return Err(refused("it was not negotiated".to_owned()));
         }
-        match message {
-            BackendMessage::ConfigChangeMsg(_) => Ok(Some(Event::ConfigChanged)),
-            BackendMessage::VringCall(state) => self.notify(state.index, |queue| &queue.call).map_err(refused),
-            BackendMessage::VringErr(state) => self.notify(state.index, |queue| &queue.error).map_err(refused),
-            _ => Err(refused("it was not negotiated".to_owned())),
+        if !frame.descriptors.is_empty() && !self.protocol_features().contains(ProtocolFeatures::BACKEND_SEND_FD) {
+            return Err(refused("a descriptor needs BACKEND_SEND_FD, which was not negotiated".to_owned()));
         }
+        let queue = message.queue().unwrap_or(0);
+        let file = frame.descriptors.first();
+        let mut windows = lock(&self.windows);
+        let told = |kind: fn(String) -> Event| move |which| Some(kind(which));
+        let event = match (message, file) {
+            (M::ConfigChangeMsg(_), _) => Ok(Some(Event::ConfigChanged)),
+            (M::VringCall(_), _) => self.notify(queue, |queue| &queue.call).map(|()| None),
+            (M::VringErr(_), _) => self.notify(queue, |queue| &queue.error).map(|()| None),
+            (M::VringHostNotifierMsg(area), file) => {
+                windows.set_notifier(queue, &area, file).map(told(Event::HostNotifier))
+            }
+            (M::SharedObjectAdd(uuid), _) => windows.add_object(uuid).map(told(Event::SharedObject)),
+            (M::SharedObjectRemove(uuid), _) => windows.remove_object(uuid).map(told(Event::SharedObject)),
+            (M::SharedObjectLookup(uuid), _) => {
+                return windows.look_up_object(uuid).map(Served::Found).map_err(refused);
+            }
+            (M::ShmemMap(asked), Some(file)) => windows.map(&asked, file).map(told(Event::SharedMemory)),
+            (M::ShmemUnmap(asked), _) => windows.unmap(&asked).map(told(Event::SharedMemory)),
+            _ => Err("it was not negotiated".to_owned()),
+        };
+        event.map(Served::Told).map_err(refused)
     }
 
-    fn notify(&self, queue: u32, which: impl FnOnce(&InBand) -> &OwnedFd) -> Result<Option<Event>, String> {
+    fn notify(&self, queue: u32, which: impl FnOnce(&InBand) -> &OwnedFd) -> Result<(), String> {
         let queues = lock(&self.in_band);
         let queue = queues.get(&queue).ok_or_else(|| format!("queue {queue} takes no notifications in-band"))?;
         // A counter that is full is signalled in any case.
         let _ = write(which(queue), &1u64.to_ne_bytes());
-        Ok(None)
+        Ok(())
     }
 
     /// Notify a queue in-band from now on.
@@ -631,6 +675,14 @@ impl Frontend {
     pub(super) fn is_in_band(&self) -> bool {
         self.protocol_features().contains(ProtocolFeatures::INBAND_NOTIFICATIONS)
     }
+}
+
+/// What came of a request of the back-end.
+enum Served {
+    /// What there is to tell about it, if anything.
+    Told(Option<Event>),
+    /// The file that it asked for.
+    Found(OwnedFd),
 }
 
 fn check_config_size(bytes: Vec<u8>) -> Result<Vec<u8>, Error> {

@@ -34,6 +34,21 @@ impl Mapping {
     ///
     /// Fails if there are no bytes, or the file does not have them.
     pub fn new(file: impl AsFd, offset: u64, size: u64, what: &str) -> Result<Self, Error> {
+        Self::with_protection(file, offset, size, what, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    /// The same to be read only, from a file that may be open for that only: nothing must be written to it.
+    pub fn read_only(file: impl AsFd, offset: u64, size: u64, what: &str) -> Result<Self, Error> {
+        Self::with_protection(file, offset, size, what, ProtFlags::READ)
+    }
+
+    fn with_protection(
+        file: impl AsFd,
+        offset: u64,
+        size: u64,
+        what: &str,
+        protection: ProtFlags,
+    ) -> Result<Self, Error> {
         let refuse = |reason: &str| Err(Error::Memory(format!("{what} {reason}")));
         if size == 0 {
             return refuse("has no bytes");
@@ -56,7 +71,7 @@ impl Mapping {
             mmap(
                 std::ptr::null_mut(),
                 pages_length,
-                ProtFlags::READ | ProtFlags::WRITE,
+                protection,
                 MapFlags::SHARED | MapFlags::NORESERVE,
                 &file,
                 offset - slack,

@@ -1,5 +1,7 @@
 //! The structures that follow a header. Fixed ones are described by their C layout, with the padding spelled out.
 
+use std::fmt;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::{Field, Shape, Shaped, fields, only, total};
@@ -381,10 +383,20 @@ pub struct Inflight {
 }
 fixed_payload!(Inflight, 24, fields!(Inflight: size, offset, queues, queue_size, padding));
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Uuid(pub [u8; 16]);
 fixed_payload!(Uuid, 16, &[only("uuid", 16, Shape::Bytes)]);
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, byte) in self.0.iter().enumerate() {
+            let separator = if matches!(at, 4 | 6 | 8 | 10) { "-" } else { "" };
+            write!(f, "{separator}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -406,6 +418,11 @@ pub struct ShmemMap {
     pub size: u64,
     pub flags: u64,
 }
+impl ShmemMap {
+    /// In `flags`: the mapping may be written to.
+    pub const WRITABLE: u64 = 1;
+}
+
 fixed_payload!(ShmemMap, 40, fields!(ShmemMap: region, padding, file_offset, region_offset, size, flags));
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -7,17 +7,22 @@ A device offers the protocol features of the classes that it derives from, and n
 what the front-end asked for. The driver's half of each is a method of :class:`vhost_user.Frontend`.
 """
 
+from .answers import Answer
 from .crypto import AsymmetricSession, CryptoSessions, SymmetricSession
 from .gpu import GpuSocket
 from .network import Mtu, Rarp
+from .shared_memory import HostNotifiers, SharedMemory
 from .shared_objects import SharedObjects
 
 __all__ = [
+    "Answer",
     "AsymmetricSession",
     "CryptoSessions",
     "GpuSocket",
+    "HostNotifiers",
     "Mtu",
     "Rarp",
+    "SharedMemory",
     "SharedObjects",
     "SymmetricSession",
 ]
