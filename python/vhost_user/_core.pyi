@@ -279,6 +279,9 @@ class TransportFeature(enum.IntFlag):
     RING_RESET = 1 << 40
     ADMIN_VQ = 1 << 41
 
+#: What the I/O address of a byte has more than its guest address, unless it is mapped elsewhere.
+IO_OFFSET: int
+
 #: The requests of a front-end, by name.
 REQUESTS: dict[str, int]
 
@@ -373,6 +376,15 @@ class Frontend:
         """Have the back-end make a record of what is in flight."""
     def set_inflight(self, record: InflightRecord) -> None:
         """Have the back-end use a record from now on."""
+    def map(self, iova: int, guest_address: int, size: int, permission: int) -> None:
+        """Map I/O addresses: the device is told when it asks. `permission` is 1 (read), 2 (write) or 3 (both)."""
+    def unmap(self, iova: int, size: int) -> None:
+        """Take I/O addresses back."""
+    def invalidate(self, iova: int, size: int) -> None:
+        """Make the device forget I/O addresses, which stay mapped."""
+    @property
+    def iotlb_misses(self) -> int:
+        """How often the device has asked where an I/O address is."""
     def next_event(self, timeout: float) -> tuple[str, str] | None:
         """What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds."""
     def exchange(self, name: str, payload: bytes | bytearray, descriptors: Sequence[int]) -> bytes | None:
@@ -432,7 +444,7 @@ class FrontendQueue:
         """Requests that the device has and that `wait` has not returned."""
     @property
     def addresses(self) -> tuple[int, int, int]:
-        """User addresses of the descriptor table, the available ring and the used ring."""
+        """User addresses, or I/O addresses, of the descriptor table, the available ring and the used ring."""
 
 @final
 class Load:

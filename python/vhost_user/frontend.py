@@ -144,19 +144,23 @@ class Frontend:
 
     # --- The session ------------------------------------------------------------------------------------------------
 
-    def negotiate(self, features: int | None = None, protocol: ProtocolFeature | None = None) -> Self:
+    def negotiate(
+        self, features: int | None = None, protocol: ProtocolFeature | None = None, *, iommu: bool = False
+    ) -> Self:
         """Everything up to where queues can be made: agree on features, and open the back-end's channel.
 
         `features` are those of the device and of the rings, `protocol` those of the protocol: exactly these are
         accepted, and PROTOCOL_FEATURES where it is offered. By default it is everything that both sides know, and of
         the features of the device type all that are offered; but INBAND_NOTIFICATIONS, which makes every kick wait for
-        the back-end, only when it is asked for. vhost-user specification, "Communication".
+        the back-end, and GPA_ADDRESSES only when they are asked for. With `iommu`, ACCESS_PLATFORM is accepted as well:
+        the device gets I/O addresses, see :meth:`io_address`. vhost-user specification, "Communication".
 
         Raises:
             StateError: something was asked for that is not offered.
         """
         session = self._session
-        by_default = ~ProtocolFeature.INBAND_NOTIFICATIONS & (1 << 64) - 1
+        # With GPA_ADDRESSES a back-end that takes one kind of address for the other gets away with it.
+        by_default = ~(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.GPA_ADDRESSES) & (1 << 64) - 1
         offer = session.handshake(by_default if protocol is None else protocol)
         self.offered_features, self.queue_count = offer[0], offer[2]
         self.offered_protocol = ProtocolFeature(offer[1])
@@ -167,6 +171,7 @@ class Frontend:
             )
         known = ~TRANSPORT_FEATURES | RING_FEATURES
         chosen = self.offered_features & known if features is None else int(features)
+        chosen |= TransportFeature.ACCESS_PLATFORM if iommu else 0
         if chosen & ~self.offered_features:
             raise StateError(
                 f"the features {chosen & ~self.offered_features:#x} are not offered; {self.offered_features:#x} are"
@@ -455,6 +460,49 @@ class Frontend:
         self._inflight = record
         for queue in self.queues:
             queue._survives = True
+
+    # --- The IOMMU --------------------------------------------------------------------------------------------------
+
+    # Behind an IOMMU all shared memory is mapped, for reading and writing, where io_address() says. The device is told
+    # of it page by page, when it asks, while somebody waits for the back-end.
+
+    def io_address(self, guest_address: int) -> int:
+        """By which address the device knows a byte of shared memory: not its guest address, if there is an IOMMU."""
+        behind = self.features & TransportFeature.ACCESS_PLATFORM
+        return guest_address + _core.IO_OFFSET if behind else guest_address
+
+    def map_io(
+        self, io_address: int, guest_address: int, size: int, permission: Literal["r", "w", "rw"] = "rw"
+    ) -> None:
+        """Map `size` I/O addresses to guest memory, instead of whatever was there, for what the device may do.
+
+        The device is told when it asks. If it may know what was there before, use :meth:`invalidate_io` as well.
+
+        Raises:
+            StateError: there is no IOMMU, or the addresses are none or wrap around.
+        """
+        self._session.map(io_address, guest_address, size, {"r": 1, "w": 2, "rw": 3}[permission])
+
+    def unmap_io(self, io_address: int, size: int) -> None:
+        """Take `size` I/O addresses back. Returns when no request uses them any more, as the device says.
+
+        Raises:
+            StateError: there is no IOMMU, or the addresses are none or wrap around.
+        """
+        self._session.unmap(io_address, size)
+
+    def invalidate_io(self, io_address: int, size: int) -> None:
+        """Make the device forget `size` I/O addresses, and ask again when it needs them.
+
+        Raises:
+            StateError: there is no IOMMU, or the addresses are none or wrap around.
+        """
+        self._session.invalidate(io_address, size)
+
+    @property
+    def iotlb_misses(self) -> int:
+        """How often the device has asked where an I/O address is."""
+        return self._session.iotlb_misses
 
     # --- Queues -----------------------------------------------------------------------------------------------------
 

@@ -653,6 +653,7 @@ impl Session {
     }
 
     fn set_memory(&mut self, memory: Snapshot) -> Result<(), String> {
+        memory.forget_lost_mappings();
         self.vrings.iter().try_for_each(|vring| vring.check_memory(&memory))?;
         let memory = Arc::new(memory);
         for vring in self.vrings.iter() {

@@ -18,6 +18,7 @@ use super::errors::to_python;
 use super::extensions::duplicate;
 use crate::error::Error;
 use crate::frontend::{self, Allocation, Event, InflightRecord as Record, QueueOptions};
+use crate::memory::Permission;
 use crate::protocol::{FrontendRequest, ProtocolFeatures, Uuid, VirtioFeatures};
 
 /// The driver's end of a session.
@@ -192,6 +193,29 @@ impl Frontend {
     /// Have the back-end use a record from now on.
     fn set_inflight(&self, py: Python<'_>, record: &InflightRecord) -> PyResult<()> {
         self.run(py, || self.core.set_inflight(&record.core))
+    }
+
+    /// Map I/O addresses: the device is told when it asks. `permission` is 1 (read), 2 (write) or 3 (both).
+    fn map(&self, py: Python<'_>, iova: u64, guest_address: u64, size: u64, permission: u8) -> PyResult<()> {
+        let permission = Permission::from_bits(permission)
+            .ok_or_else(|| PyValueError::new_err(format!("a permission is 1, 2 or 3, not {permission}")))?;
+        self.run(py, || self.core.map(iova, guest_address, size, permission))
+    }
+
+    /// Take I/O addresses back.
+    fn unmap(&self, py: Python<'_>, iova: u64, size: u64) -> PyResult<()> {
+        self.run(py, || self.core.unmap(iova, size))
+    }
+
+    /// Make the device forget I/O addresses, which stay mapped.
+    fn invalidate(&self, py: Python<'_>, iova: u64, size: u64) -> PyResult<()> {
+        self.run(py, || self.core.invalidate(iova, size))
+    }
+
+    /// How often the device has asked where an I/O address is.
+    #[getter]
+    fn iotlb_misses(&self) -> u64 {
+        self.core.iotlb_misses()
     }
 
     /// What the back-end says unasked, as its kind and its text. None if it says nothing for `timeout` seconds.
@@ -490,6 +514,7 @@ pub fn add_tables(module: &Bound<'_, PyModule>) -> PyResult<()> {
     for row in FrontendRequest::TABLE {
         requests.set_item(row.name, row.id)?;
     }
+    module.add("IO_OFFSET", frontend::IO_OFFSET)?;
     module.add("REQUESTS", requests)
 }
 

@@ -4,13 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::queue::{AnyDriver, on_driver, place};
-use super::{Allocation, Memory, Queue};
+use super::{Allocation, Queue};
 use crate::error::{Error, RingError};
 use crate::virtqueue::{Driver, Element, Indirect};
 
@@ -149,7 +148,7 @@ impl<'a> Job<'a> {
             )));
         }
         let table = if indirect { 16 * count } else { 0 };
-        let slot = |_| Slot::new(queue.memory(), readable, writable, table, walk.is_some());
+        let slot = |_| Slot::new(queue, readable, writable, table, walk.is_some());
         Ok(Self {
             queue,
             indirect,
@@ -267,7 +266,7 @@ impl<'a> Job<'a> {
             slot.buffer.write(slot.last, &[NO_STATUS]);
         }
         let elements = if slot.reads { &slot.read_elements } else { &slot.elements };
-        let indirect = self.indirect.then_some(Indirect { table: slot.buffer.address(), direct: 0 });
+        let indirect = self.indirect.then_some(Indirect { table: slot.address, direct: 0 });
         slot.submitted = now;
         let head = ring.add(elements, indirect)?;
         self.by_head[usize::from(head)] = at as u16;
@@ -278,6 +277,8 @@ impl<'a> Job<'a> {
 /// Memory for one request, and the one that it is used for now.
 struct Slot {
     buffer: Allocation,
+    /// As the device knows it.
+    address: u64,
     /// As a chain, or as a write to a disk.
     elements: Vec<Element>,
     /// As a read of a disk.
@@ -292,13 +293,7 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(
-        memory: &Arc<Memory>,
-        readable: &[u32],
-        writable: &[u32],
-        table: usize,
-        is_disk: bool,
-    ) -> Result<Self, Error> {
+    fn new(queue: &Queue, readable: &[u32], writable: &[u32], table: usize, is_disk: bool) -> Result<Self, Error> {
         let mut places = Vec::new();
         let mut end = table;
         for length in readable.iter().chain(writable) {
@@ -306,18 +301,19 @@ impl Slot {
             places.push(start);
             end = start + *length as usize;
         }
-        let buffer = memory.allocate(end as u64, PAGE)?;
+        let buffer = queue.memory().allocate(end as u64, PAGE)?;
+        let address = queue.device_address(&buffer);
         buffer.write(0, &vec![0; end]);
         if is_disk {
             // A disk that compresses, or looks for zeroes, must not have it easier.
-            let mut random = Random::new(buffer.address());
+            let mut random = Random::new(address);
             let data: Vec<u8> = (0..readable[1]).map(|_| random.next() as u8).collect();
             buffer.write(places[1], &data);
         }
         let sizes = readable.iter().map(|length| (*length, false)).chain(writable.iter().map(|length| (*length, true)));
         let elements: Vec<_> = sizes
             .zip(&places)
-            .map(|((length, writable), at)| Element { address: buffer.address() + *at as u64, length, writable })
+            .map(|((length, writable), at)| Element { address: address + *at as u64, length, writable })
             .collect();
         let mut read_elements = elements.clone();
         if is_disk {
@@ -325,7 +321,17 @@ impl Slot {
         }
         let readable = readable.iter().map(|length| u64::from(*length)).sum();
         let (first, last) = (places[0], places[places.len() - 1]);
-        Ok(Self { buffer, elements, read_elements, readable, first, last, reads: false, submitted: Instant::now() })
+        Ok(Self {
+            buffer,
+            address,
+            elements,
+            read_elements,
+            readable,
+            first,
+            last,
+            reads: false,
+            submitted: Instant::now(),
+        })
     }
 }
 

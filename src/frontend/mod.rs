@@ -6,6 +6,7 @@
 //! | `session` | one connection: requests, their answers, and what the back-end asks meanwhile |
 //! | `memory` | guest memory that this process makes, and what is free of it |
 //! | `queue` | one ring with its notifications and the requests that are under way |
+//! | `iommu` | what a device is told of I/O addresses |
 //! | `load` | the same request again and again on such rings, and how long each took |
 //! | `windows` | what a back-end shows beside the rings |
 //!
@@ -13,12 +14,14 @@
 //! used from several threads at once. Nothing here knows of Python.
 
 mod extensions;
+mod iommu;
 mod load;
 mod memory;
 mod queue;
 mod session;
 mod windows;
 
+pub use iommu::IO_OFFSET;
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use memory::{Allocation, Memory};
 pub use queue::{Completion, Queue, QueueOptions};

@@ -69,6 +69,8 @@ pub struct Queue {
     memory: Arc<Memory>,
     index: u8,
     addresses: RingAddresses,
+    /// What an address that the device gets has more than the guest address of the same byte.
+    device_offset: u64,
     /// Whether requests of several parts go into indirect tables.
     indirect: bool,
     /// Whether notifications are messages.
@@ -134,13 +136,14 @@ impl Queue {
             (used, used + 6 + 8 * entries)
         };
         let ring_memory = memory.allocate(end, MAX_ALIGNMENT as u64)?;
-        let start = Memory::user_address(ring_memory.address());
+        let start = frontend.ring_address(ring_memory.address());
         let addresses = RingAddresses { descriptors: start, avail: start + avail, used: start + used };
-        let ring = AnyDriver::new(addresses, size, base, ring_options, memory.snapshot().clone())
+        let ring = AnyDriver::new(addresses, size, base, ring_options, frontend.view(&memory))
             .map_err(|reason| Error::Ring { queue: index.into(), reason })?;
         let event =
             || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::os("making an eventfd"));
         Ok(Self {
+            device_offset: frontend.device_offset(),
             frontend: Mutex::new(frontend),
             memory,
             index,
@@ -175,6 +178,7 @@ impl Queue {
         let RingAddresses { descriptors, avail, used } = self.addresses;
         let with = VringDescriptor::new(self.index, true);
         let frontend = self.frontend();
+        let [descriptors, avail, used] = [descriptors, avail, used].map(|address| frontend.told_ring_address(address));
         let tell = |message, descriptors: &[_]| frontend.tell(&message, descriptors);
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
         tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
@@ -302,7 +306,7 @@ impl Queue {
         *lock(&self.frontend) = frontend;
     }
 
-    /// Where the ring is, in user addresses.
+    /// Where the ring is: in user addresses, or with an IOMMU in I/O addresses.
     #[must_use]
     pub fn addresses(&self) -> RingAddresses {
         self.addresses
@@ -330,6 +334,11 @@ impl Queue {
             Ok(_) | Err(Error::Timeout(_)) => Ok(()),
             Err(other) => Err(other),
         }
+    }
+
+    /// By which address the device knows memory.
+    pub(super) fn device_address(&self, buffer: &Allocation) -> u64 {
+        buffer.address() + self.device_offset
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
@@ -376,7 +385,7 @@ impl Queue {
         let bytes = end.ok_or_else(|| Error::State(format!("queue {}: the request is too large", self.index)))?;
         let buffer = self.buffer(state, bytes)?;
 
-        let head_of_buffer = buffer.address();
+        let head_of_buffer = self.device_address(&buffer);
         let mut elements = std::mem::take(&mut state.elements);
         elements.clear();
         let mut end = table;
@@ -420,7 +429,7 @@ impl Queue {
             if let Some(buffer) = request.buffer.take() {
                 for part in request.elements.iter().filter(|part| part.writable) {
                     let length = (part.length as usize).min(used.written as usize - data.len());
-                    buffer.read((part.address - buffer.address()) as usize, length, &mut data);
+                    buffer.read((part.address - self.device_address(&buffer)) as usize, length, &mut data);
                 }
                 state.spare.push(buffer);
             }

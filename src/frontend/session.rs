@@ -4,19 +4,21 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 
+use super::iommu::{IO_OFFSET, Iommu, Question};
 use super::windows::Windows;
 use super::{Memory, lock};
 use crate::error::Error;
+use crate::memory::{IovaRange, Permission, Snapshot};
 use crate::protocol::{
     Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Inflight,
-    MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
+    Iotlb, MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
 };
 use crate::transport::{Connection, Frame, Received};
 
@@ -53,6 +55,7 @@ pub struct Frontend {
     /// What VRING_CALL and VRING_ERR signal, by queue.
     in_band: Mutex<HashMap<u32, InBand>>,
     pub(super) windows: Mutex<Windows>,
+    iommu: Iommu,
     events: Mutex<VecDeque<Event>>,
     /// Counts `events`.
     event_count: OwnedFd,
@@ -141,6 +144,7 @@ impl Frontend {
             | ProtocolFeatures::RESET_DEVICE.0
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0
             | ProtocolFeatures::STATUS.0
+            | ProtocolFeatures::GPA_ADDRESSES.0
             | ProtocolFeatures::RARP.0
             | ProtocolFeatures::INBAND_NOTIFICATIONS.0
             | ProtocolFeatures::NET_MTU.0
@@ -169,6 +173,7 @@ impl Frontend {
             channel: Mutex::default(),
             in_band: Mutex::default(),
             windows: Mutex::default(),
+            iommu: Iommu::default(),
             events: Mutex::default(),
             event_count: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE)
                 .map_err(Error::os("making an eventfd"))?,
@@ -341,8 +346,11 @@ impl Frontend {
         let mut shared = lock(&self.shared);
         let wanted: Vec<(Region, &Arc<Memory>, BorrowedFd<'_>)> = memories
             .iter()
-            .flat_map(|memory| memory.regions().map(move |(region, file)| (region, memory, file)))
+            .flat_map(|memory| memory.regions().map(move |(region, file)| (self.describe(region), memory, file)))
             .collect();
+        if self.is_behind_iommu() {
+            wanted.iter().for_each(|(region, ..)| self.iommu.map_region(*region));
+        }
         let slots = self.protocol_features().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
         let most = if slots {
             self.ask::<U64>(&FrontendMessage::GetMaxMemSlots(Empty))?.0
@@ -373,6 +381,144 @@ impl Frontend {
         }
         Ok(())
     }
+
+    // --- Kinds of addresses -----------------------------------------------------------------------------------------
+
+    /// Whether the device gets I/O addresses.
+    pub(super) fn is_behind_iommu(&self) -> bool {
+        self.features().contains(VirtioFeatures::ACCESS_PLATFORM)
+    }
+
+    /// What an address that the device gets in a ring has more than the guest address of the same byte.
+    pub(super) fn device_offset(&self) -> u64 {
+        if self.is_behind_iommu() { IO_OFFSET } else { 0 }
+    }
+
+    /// Guest memory by the addresses that the device gets.
+    pub(super) fn view(&self, memory: &Memory) -> Arc<Snapshot> {
+        if self.is_behind_iommu() {
+            Arc::new(memory.snapshot().behind(Some(Arc::clone(self.iommu.table()))))
+        } else {
+            Arc::clone(memory.snapshot())
+        }
+    }
+
+    /// Where a ring at a guest address is, in this process: by I/O addresses, or by user addresses.
+    pub(super) fn ring_address(&self, guest_address: u64) -> u64 {
+        if self.is_behind_iommu() { guest_address + IO_OFFSET } else { Memory::user_address(guest_address) }
+    }
+
+    /// What SET_VRING_ADDR says of an address that [`ring_address`](Self::ring_address) returned.
+    pub(super) fn told_ring_address(&self, address: u64) -> u64 {
+        if self.has_guest_addresses() && !self.is_behind_iommu() { address - Memory::user_address(0) } else { address }
+    }
+
+    /// A region as the back-end is told of it.
+    fn describe(&self, region: Region) -> Region {
+        let user_address = if self.has_guest_addresses() { region.guest_address } else { region.user_address };
+        Region { user_address, ..region }
+    }
+
+    fn has_guest_addresses(&self) -> bool {
+        self.protocol_features().contains(ProtocolFeatures::GPA_ADDRESSES)
+    }
+
+    // --- The IOMMU --------------------------------------------------------------------------------------------------
+
+    /// Map I/O addresses to guest memory, instead of whatever was there: the device is told when it asks. What it was told
+    /// before has to be taken back by [`unmap`](Self::unmap).
+    pub fn map(&self, iova: u64, guest_address: u64, size: u64, permission: Permission) -> Result<(), Error> {
+        self.check_iommu()?;
+        let range = io_range(iova, size)?;
+        let user_address = if self.has_guest_addresses() { guest_address } else { Memory::user_address(guest_address) };
+        if user_address.checked_add(size).is_none() {
+            return Err(Error::State(format!("{size:#x} bytes at guest address {guest_address:#x} wrap around")));
+        }
+        self.iommu.table().update(range, user_address, permission);
+        Ok(())
+    }
+
+    /// Take I/O addresses back, and wait until the device does not use them any more.
+    pub fn unmap(&self, iova: u64, size: u64) -> Result<(), Error> {
+        self.check_iommu()?;
+        self.iommu.table().invalidate(io_range(iova, size)?);
+        self.invalidate(iova, size)
+    }
+
+    /// Make the device forget what it was told of I/O addresses, which stay mapped.
+    pub fn invalidate(&self, iova: u64, size: u64) -> Result<(), Error> {
+        self.check_iommu()?;
+        io_range(iova, size)?;
+        self.tell_iotlb(Iotlb { iova, size, kind: Iotlb::INVALIDATE, ..Iotlb::default() })
+    }
+
+    /// How often the device has asked where an I/O address is.
+    #[must_use]
+    pub fn iotlb_misses(&self) -> u64 {
+        self.iommu.asked()
+    }
+
+    fn check_iommu(&self) -> Result<(), Error> {
+        if self.is_behind_iommu() {
+            return Ok(());
+        }
+        Err(Error::State("there is no IOMMU: ACCESS_PLATFORM was not negotiated".to_owned()))
+    }
+
+    fn tell_iotlb(&self, message: Iotlb) -> Result<(), Error> {
+        let message = FrontendMessage::IotlbMsg(message);
+        match self.ask::<U64>(&message)? {
+            U64(0) => Ok(()),
+            U64(code) => Err(Error::Refused {
+                message: message.request().name(),
+                reason: format!("the back-end refused it with {code:#x}"),
+            }),
+        }
+    }
+
+    /// Keep a miss for [`answer_questions`](Self::answer_questions). False if the frame is something else.
+    fn keep_question(&self, frame: &Frame) -> bool {
+        let is_miss = frame.header.request == BackendRequest::IotlbMsg as u32 && self.is_behind_iommu();
+        let message = match Iotlb::decode(&frame.payload) {
+            Ok(message) if is_miss && message.kind == Iotlb::MISS && frame.defect.is_none() => message,
+            _ => return false,
+        };
+        self.iommu.ask(Question { iova: message.iova, need_reply: frame.header.flags.need_reply() })
+    }
+
+    /// Tell the device what it has asked for. While somebody waits for an answer on the main channel this is put off until
+    /// that has come: then that thread does it.
+    fn answer_questions(&self) {
+        while self.iommu.has_questions() {
+            let mut main = match self.main.try_lock() {
+                Ok(main) => main,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return,
+            };
+            while let Some(question) = self.iommu.next_question() {
+                self.answer_question(&mut main, question);
+            }
+        }
+    }
+
+    fn answer_question(&self, main: &mut Main, question: Question) {
+        let told = self.iommu.answer(question.iova).is_some_and(|update| {
+            let mut payload = Vec::new();
+            update.encode(&mut payload);
+            let answer = self.exchange_alone(main, FrontendRequest::IotlbMsg, &payload, &[]);
+            matches!(answer, Ok(Some(answer)) if answer.payload == 0u64.to_ne_bytes())
+        });
+        let channel = lock(&self.channel).clone();
+        if let Some(channel) = channel.filter(|_| question.need_reply) {
+            let code = u64::from(!told).to_ne_bytes();
+            let connection = lock(&channel.connection);
+            let deadline = Instant::now() + self.timeout;
+            // A channel that does not take it is found to be broken when it is read.
+            let _ = connection.send(BackendRequest::IotlbMsg as u32, Flags::ANSWER, &code, &[], deadline);
+        }
+    }
+
+    // --- Events -----------------------------------------------------------------------------------------------------
 
     /// The next event, waiting for it until `deadline`. None if there was none.
     pub fn next_event(&self, deadline: Instant) -> Result<Option<Event>, Error> {
@@ -410,8 +556,19 @@ impl Frontend {
         payload: &[u8],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Option<Reply>, Error> {
+        let outcome = self.exchange_alone(&mut lock(&self.main), request, payload, descriptors);
+        self.answer_questions();
+        outcome
+    }
+
+    fn exchange_alone(
+        &self,
+        main: &mut Main,
+        request: FrontendRequest,
+        payload: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Option<Reply>, Error> {
         let name = request.name();
-        let mut main = lock(&self.main);
         if let Some(reason) = &main.over {
             return Err(Error::State(format!("{name}: the session is over ({reason})")));
         }
@@ -550,6 +707,7 @@ impl Frontend {
             let came = std::array::from_fn(is_ready);
             if let Some(channel) = channel.as_ref().filter(|_| is_ready(N + 1)) {
                 self.serve(channel);
+                self.answer_questions();
             }
             if came.contains(&true) {
                 return Ok(came);
@@ -576,6 +734,7 @@ impl Frontend {
         let mut connection = lock(&channel.connection);
         let outcome = match connection.try_receive() {
             Ok(Received::Incomplete) => return,
+            Ok(Received::Frame(frame)) if self.keep_question(&frame) => return,
             Ok(Received::Frame(frame)) => self.answer(&connection, frame),
             Ok(Received::Closed) => Err(Error::Closed("the back-end closed it".to_owned())),
             Err(error) => Err(error),
@@ -691,4 +850,9 @@ fn check_config_size(bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
         return Err(Error::State(format!("{} bytes of configuration; a message carries at most {most}", bytes.len())));
     }
     Ok(bytes)
+}
+
+fn io_range(iova: u64, size: u64) -> Result<IovaRange, Error> {
+    IovaRange::new(iova, size)
+        .ok_or_else(|| Error::State(format!("{size:#x} addresses from {iova:#x} on are none, or wrap around")))
 }

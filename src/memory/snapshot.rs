@@ -129,15 +129,18 @@ impl Snapshot {
         Ok(Self { regions: regions.into_boxed_slice(), directory, iotlb: None })
     }
 
-    /// The same memory, behind an IOMMU or in front of it. What the IOTLB says of memory that is not there is forgotten.
+    /// The same memory, behind an IOMMU or in front of it.
     #[must_use]
     pub fn behind(&self, iotlb: Option<Arc<Iotlb>>) -> Self {
         let regions = self.regions.clone();
-        let snapshot = Self { directory: Directory::new(&regions), regions, iotlb };
-        if let Some(iotlb) = &snapshot.iotlb {
-            iotlb.retain(|user_address, length| snapshot.user_pointer(user_address, length).is_some());
+        Self { directory: Directory::new(&regions), regions, iotlb }
+    }
+
+    /// Forget what the IOTLB says of memory that is not there.
+    pub fn forget_lost_mappings(&self) {
+        if let Some(iotlb) = &self.iotlb {
+            iotlb.retain(|user_address, length| self.user_pointer(user_address, length).is_some());
         }
-        snapshot
     }
 
     /// Where I/O addresses lead, if the driver's addresses are such.

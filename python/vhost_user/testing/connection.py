@@ -38,12 +38,14 @@ def connect(
     timeout: float = TIMEOUT,
     start: bool = True,
     negotiate: bool = True,
+    iommu: bool = False,
 ) -> Iterator[Frontend]:
     """Serve `device` in a thread, connect to it by a socket pair, and be its driver until the end of the block.
 
     `features` and `protocol` are as for :meth:`Frontend.negotiate`, `memory` is shared instead of 16 MiB, and `timeout`
     is how many seconds a message or a request may take. All queues of the device are started, in the sizes that it
-    declares. With ``start=False`` they are not, and with ``negotiate=False`` nothing was sent at all.
+    declares. With ``start=False`` they are not, and with ``negotiate=False`` nothing was sent at all. With `iommu` the
+    device is put behind an IOMMU, whatever its :attr:`Device.iommu` says: all that it is given are I/O addresses.
 
     Raises, at the end:
         Leftovers: the device has not answered a request that it has taken, dropped one, or kept a buffer of one beyond
@@ -54,11 +56,13 @@ def connect(
     with contextlib.ExitStack() as stack:
         leftovers = stack.enter_context(_reported())
         stack.enter_context(contextlib.closing(ours))
+        if iommu:
+            device.iommu = True
         server = device.start(fd=theirs.detach())
         stack.callback(_stop, server)
         with Frontend(ours, timeout=timeout) as frontend:
             if negotiate:
-                frontend.negotiate(features, protocol)
+                frontend.negotiate(features, protocol, iommu=iommu)
                 if memory is not None:
                     frontend.share(memory)
                 if start:
