@@ -129,9 +129,12 @@ def test_what_is_not_mapped_breaks_the_queue() -> None:
         assert device.queues[0].status == "broken"
 
 
-def test_nothing_is_lost_while_everything_is_taken_back_again_and_again() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_nothing_is_lost_while_everything_is_taken_back_again_and_again(packed: bool) -> None:
     device = ReverseMany()
+    device.packed_rings = packed
     with connect(device, iommu=True) as frontend:
+        assert bool(frontend.features & vu.TransportFeature.RING_PACKED) is packed
         [(start, size)] = frontend.memory.regions
         over = threading.Event()
 
