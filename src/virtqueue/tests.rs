@@ -1,5 +1,6 @@
 //! The device side against the driver side, over memory that both map, and against bytes that no driver would write.
 
+mod model;
 mod order;
 mod packed;
 
