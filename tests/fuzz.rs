@@ -39,4 +39,4 @@ macro_rules! replay {
     };
 }
 
-replay! { backend codec frontend split_device split_driver transport }
+replay! { backend codec dirty_log frontend iotlb packed_device packed_driver split_device split_driver transport }

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| vhost_user_fuzz::split_driver::run(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| vhost_user_fuzz::driver::split(input));

@@ -20,8 +20,8 @@ use vhost_user::backend::{
 };
 use vhost_user::protocol::{
     Answer, BackendMessage, BackendRequest, CryptoSession, Descriptors, Flags, FrontendMessage, FrontendRequest,
-    HEADER_SIZE, Header, Info, Layout, MAX_PAYLOAD, MemoryTable, Payload, ProtocolFeatures, Region, Uuid,
-    VirtioFeatures, VringAddress, VringDescriptor, VringState,
+    HEADER_SIZE, Header, Inflight, Info, Iotlb, Layout, Log, LogBase, MAX_PAYLOAD, MemoryTable, Payload,
+    ProtocolFeatures, Region, Uuid, VirtioFeatures, VringAddress, VringDescriptor, VringState,
 };
 use vhost_user::transport::{Connection, Received};
 use vhost_user::virtqueue::{Chain, RingLimits, Used};
@@ -243,11 +243,20 @@ impl World {
     }
 
     fn profile() -> Profile {
+        let transport_features =
+            VirtioFeatures::RING_PACKED | VirtioFeatures::IN_ORDER | VirtioFeatures::ACCESS_PLATFORM;
         let extensions = ProtocolFeatures::RARP
             | ProtocolFeatures::NET_MTU
             | ProtocolFeatures::CRYPTO_SESSION
             | ProtocolFeatures::SHARED_OBJECT;
-        Profile { device_features: 1 << 5, has_config: true, extensions, takes_gpu_socket: true, ..Profile::default() }
+        Profile {
+            device_features: 1 << 5,
+            has_config: true,
+            extensions,
+            transport_features,
+            takes_gpu_socket: true,
+            ..Profile::default()
+        }
     }
 
     fn accept(&mut self, socket: UnixStream) {
@@ -283,11 +292,20 @@ impl World {
     fn set_up(&mut self, input: &mut Input<'_>) -> arbitrary::Result<()> {
         const BITS: [VirtioFeatures; 3] =
             [VirtioFeatures::PROTOCOL_FEATURES, VirtioFeatures::EVENT_IDX, VirtioFeatures::INDIRECT_DESC];
+        const RARELY: [VirtioFeatures; 4] = [
+            VirtioFeatures::RING_PACKED,
+            VirtioFeatures::IN_ORDER,
+            VirtioFeatures::ACCESS_PLATFORM,
+            VirtioFeatures::LOG_ALL,
+        ];
         let mut features = VirtioFeatures::VERSION_1;
         for bit in BITS {
             if input.arbitrary()? {
                 features = features | bit;
             }
+        }
+        if input.ratio(1u8, 8u8)? {
+            features = features | *input.choose(&RARELY)?;
         }
         let queue: u16 = input.int_in_range(0..=QUEUES - 1)?;
         for message in Self::greeting(features, queue) {
@@ -725,6 +743,26 @@ fn payload_of(info: &Info, input: &mut Input<'_>) -> arbitrary::Result<Vec<u8>> 
                 bytes.extend_from_slice(&word.to_ne_bytes());
             }
             bytes.resize(bytes.len() + length as usize, input.arbitrary()?);
+        }
+        "Inflight" => {
+            let file_offset = if input.ratio(7u8, 8u8)? { 0 } else { number(input)? };
+            let size = if input.ratio(7u8, 8u8)? { SIZE } else { number(input)? };
+            let queues = if input.ratio(7u8, 8u8)? { QUEUES } else { number(input)? as u16 };
+            let queue_size = if input.ratio(7u8, 8u8)? { 16 } else { number(input)? as u16 };
+            Inflight { size, offset: file_offset, queues, queue_size, padding: 0 }.encode(&mut bytes);
+        }
+        "LogBase" => {
+            let size = if input.ratio(7u8, 8u8)? { 0x1000 } else { number(input)? };
+            let offset = if input.ratio(7u8, 8u8)? { 0 } else { number(input)? };
+            LogBase::Shared(Log { size, offset }).encode(&mut bytes);
+        }
+        "Iotlb" => {
+            let near = USER + input.int_in_range(0..=2 * SIZE)?;
+            let iova = if input.ratio(7u8, 8u8)? { near } else { number(input)? };
+            let size = if input.ratio(7u8, 8u8)? { SIZE } else { number(input)? };
+            let user_address = if input.ratio(7u8, 8u8)? { USER } else { number(input)? };
+            let (permission, kind) = (input.int_in_range(0..=4)?, input.int_in_range(0..=7)?);
+            Iotlb { iova, size, user_address, permission, kind, padding: [0; 6] }.encode(&mut bytes);
         }
         other => {
             // Field by field, as the layout says.

@@ -5,9 +5,11 @@
 
 pub mod backend;
 pub mod codec;
+pub mod device;
+pub mod dirty_log;
+pub mod driver;
 pub mod frontend;
-pub mod split_device;
-pub mod split_driver;
+pub mod iotlb;
 mod support;
 pub mod transport;
 
@@ -17,8 +19,12 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("backend", backend::run),
     ("codec", codec::run),
+    ("dirty_log", dirty_log::run),
     ("frontend", frontend::run),
-    ("split_device", split_device::run),
-    ("split_driver", split_driver::run),
+    ("iotlb", iotlb::run),
+    ("packed_device", device::packed),
+    ("packed_driver", driver::packed),
+    ("split_device", device::split),
+    ("split_driver", driver::split),
     ("transport", transport::run),
 ];
