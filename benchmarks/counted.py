@@ -31,10 +31,17 @@ class Empty(vu.Device, device_id=vu.DeviceId.RNG):
         pass
 
 
+class Disk(Blk):
+    _transfer_time = 3600.0
+
+
 def main() -> None:
     kind, batches = sys.argv[1], int(sys.argv[2])
-    device: vu.Device = Empty() if kind == "empty" else Blk(1 << 20)
+    device: vu.Device = Empty() if kind == "empty" else Disk(1 << 20)
     with tempfile.TemporaryDirectory() as folder, device.start(Path(folder, "device.sock")) as server:
+        # Under a program that counts, everything takes long, and nothing may depend on that.
+        assert device._runtime._backend
+        device._runtime._backend.set_patience(3600)
         front = FrontEnd(server.address)
         front.negotiate(PROTOCOL_FEATURES | VERSION_1)
         memory = front.own(Memory())

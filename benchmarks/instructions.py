@@ -82,6 +82,9 @@ def main() -> None:
     counts = {name: round(count(), 1) for name, count in COUNTS.items()}
     if options.record:
         RECORD.write_text(json.dumps({"toolchain": here, "instructions": counts}, indent=1) + "\n")
+    if not RECORD.exists():
+        print(json.dumps(counts, indent=1))
+        sys.exit(f"{RECORD} is missing: write it with --record")
     recorded = json.loads(RECORD.read_text())
     other = {key: value for key, value in recorded["toolchain"].items() if here[key] != value}
     if other:

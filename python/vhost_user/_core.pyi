@@ -196,6 +196,8 @@ class Backend:
         """Replace bytes of the configuration space."""
     def config_changed(self) -> None:
         """Tell the driver that the configuration space changed."""
+    def set_patience(self, seconds: float) -> None:
+        """Let requests that are done wait for others of their batch, for so many seconds."""
     def set_busy_poll(self, seconds: float) -> None:
         """Look for requests for up to so many seconds before going to sleep, as long as it was worth it lately."""
     def ask(
@@ -559,8 +561,12 @@ def messages() -> list[MessageInfo]:
 def payloads() -> list[tuple[str, int | None, list[_PayloadField]]]:
     """Every payload: its name, the only size that it has (None: any), and its fields."""
 
-def transfer_blocks(requests: list[Request], file: int | _HasFileno, sectors: int, writes: bool) -> list[Request]:
-    """Do what those of `requests` ask for that read sectors of a disk of that many, or, with `writes`, write them.
+def transfer_blocks(
+    requests: list[Request], file: int | _HasFileno, sectors: int, writes: bool, seconds: float
+) -> list[Request]:
+    """Do what those of `requests` ask for that read sectors of a disk of so many, or, with `writes`, write them.
+
+    None is begun after so many seconds.
 
     Returns the others, untouched, and those that did not go well. Virtio 1.3, section 5.2.6.
     """

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::batch::{Failures, Origin, Workspace};
+use super::batch::{Failures, Origin, PATIENCE, Workspace};
 use super::errors::{self, to_python};
 use super::extensions::duplicate;
 use super::request::{Request, Source};
@@ -59,6 +59,8 @@ pub struct Backend {
     inner: Mutex<Inner>,
     /// Chains that were pushed, for other pushes.
     pushed: Mutex<Vec<Chain>>,
+    /// How long requests that are done may wait for others of their batch, in nanoseconds.
+    patience: AtomicU64,
     /// The most that the window may be, in nanoseconds.
     busy_poll: AtomicU64,
     dispatching: AtomicBool,
@@ -149,6 +151,7 @@ impl Backend {
             events,
             inner: Mutex::new(Inner { workspaces, ..Inner::default() }),
             pushed: Mutex::default(),
+            patience: AtomicU64::new(PATIENCE.as_nanos() as u64),
             busy_poll: AtomicU64::new(0),
             dispatching: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -296,6 +299,15 @@ impl Backend {
     /// Tell the driver that the configuration space changed.
     fn config_changed(&self) {
         self.channel.config_changed();
+    }
+
+    /// Let requests that are done wait for others of their batch, for so many seconds. For who counts instructions: what
+    /// is done must not depend on the clock then.
+    fn set_patience(&self, seconds: f64) -> PyResult<()> {
+        let patience =
+            Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        self.patience.store(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Look for requests for up to so many seconds before going to sleep: as long as that, if it was worth it lately.
@@ -698,10 +710,11 @@ impl<'py> Turn<'_, 'py> {
             }
             return;
         };
+        let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
         let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
         match vring.take(BATCH, &mut workspace.chains, &mut workspace.spare) {
             Taken::Chains(run) => {
-                let result = workspace.handle(self.py, Origin { vring, run: &run }, &handler, self);
+                let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
                 self.survive(result, "making a request");
                 let mut inner = lock(&self.backend.inner);
                 inner.polls_in_vain = 0;

@@ -15,7 +15,7 @@ use crate::backend::{Run, Vring};
 use crate::virtqueue::{Chain, Used};
 
 /// How long requests that are done may wait for others of their batch before the driver sees them.
-const PATIENCE: Duration = Duration::from_micros(50);
+pub(super) const PATIENCE: Duration = Duration::from_micros(50);
 
 /// Who takes the requests of a queue together, and who takes those one by one that are left then.
 #[pyclass(frozen, module = "vhost_user._core")]
@@ -48,11 +48,12 @@ pub(super) struct Workspace {
     requests: Vec<Py<Request>>,
 }
 
-/// The queue that a batch came on, and the life of its ring.
+/// The queue that a batch came on, the life of its ring, and how long what is done may wait.
 #[derive(Clone, Copy)]
 pub(super) struct Origin<'a> {
     pub(super) vring: &'a Arc<Vring>,
     pub(super) run: &'a Arc<Run>,
+    pub(super) patience: Duration,
 }
 
 /// Who hears of a request that failed.
@@ -84,7 +85,7 @@ impl Workspace {
         handler: &Py<PyAny>,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(origin.patience);
         let mut chains = std::mem::take(&mut self.chains);
         for chain in chains.drain(..) {
             let request = self.request(py, origin, chain)?;
@@ -146,7 +147,7 @@ impl Workspace {
             self.finish(py, request);
         }
         self.publish(origin);
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(origin.patience);
         for request in left.iter().filter(|request| request.get().is_handled(py)) {
             if let Some(each) = &handler.each {
                 self.handle_one(py, each, request, failures);
@@ -208,14 +209,15 @@ impl Workspace {
 /// When to show the driver what is done of a batch that takes long. To look at the clock costs as much as a small
 /// request: it is done less and less often, as long as there is time.
 struct Pace {
+    patience: Duration,
     since: Instant,
     handled: u32,
     look_at: u32,
 }
 
 impl Pace {
-    fn new() -> Self {
-        Self { since: Instant::now(), handled: 0, look_at: 1 }
+    fn new(patience: Duration) -> Self {
+        Self { patience, since: Instant::now(), handled: 0, look_at: 1 }
     }
 
     /// Another request is done: whether it is time.
@@ -225,11 +227,11 @@ impl Pace {
             return false;
         }
         let now = Instant::now();
-        if now - self.since < PATIENCE {
+        if now - self.since < self.patience {
             self.look_at *= 2;
             return false;
         }
-        *self = Self { since: now, handled: 0, look_at: self.look_at.div_ceil(2) };
+        *self = Self { patience: self.patience, since: now, handled: 0, look_at: self.look_at.div_ceil(2) };
         true
     }
 }

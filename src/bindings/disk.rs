@@ -16,11 +16,9 @@ const OK: u8 = 0;
 
 const SECTOR: u64 = 512;
 
-/// How long the driver waits for the first of a batch until the others are done as well.
-const PATIENCE: Duration = Duration::from_micros(200);
-
 /// Do what those of `requests` ask for that read whole sectors of a disk of that many, or, with `writes`, write them, and
-/// write their status. Returns the others, untouched, and those that did not go well: for somebody who can say why.
+/// write their status; but begin none after so many seconds, for which the driver waits for the first. Returns the others,
+/// untouched, and those that did not go well: for somebody who can say why.
 #[pyfunction]
 pub fn transfer_blocks(
     py: Python<'_>,
@@ -28,14 +26,16 @@ pub fn transfer_blocks(
     file: FileDescriptor,
     sectors: u64,
     writes: bool,
+    seconds: f64,
 ) -> Vec<Py<Request>> {
+    let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default();
     py.detach(|| {
-        let deadline = Instant::now() + PATIENCE;
+        let begin = Instant::now();
         let mut late = false;
         let mut left = Vec::new();
         for (at, request) in requests.into_iter().enumerate() {
             // A request is far longer than a look at the clock.
-            late = late || at > 0 && Instant::now() > deadline;
+            late = late || at > 0 && begin.elapsed() > patience;
             if late || transfer_one(request.get(), file.borrow(), sectors, writes).is_none() {
                 left.push(request);
             }

@@ -124,6 +124,9 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     requestqs = Queue.many("num_queues", 128)
 
+    #: Seconds for which the first of many requests waits for the others.
+    _transfer_time = 0.0002
+
     def __init__(
         self,
         storage: Storage,
@@ -220,7 +223,8 @@ class Blk(Device, device_id=DeviceId.BLOCK):
         is_plain = cls.execute is Blk.execute and cls.read is Blk.read and cls.write is Blk.write
         if not (is_plain and TRANSFER_METHODS.isdisjoint(vars(self))):
             return requests
-        return transfer_blocks(requests, self._fd, self.capacity, not self.read_only and self._has_cache)
+        writes = not self.read_only and self._has_cache
+        return transfer_blocks(requests, self._fd, self.capacity, writes, self._transfer_time)
 
     @requestqs.handler
     def execute(self, request: Request) -> None:
