@@ -942,7 +942,7 @@ impl AnyRing {
     fn recover(self, record: &InflightSlot) -> Result<Self, RingError> {
         match self {
             Self::Split(ring) => ring.recover(record).map(|ring| Self::Split(Box::new(ring))),
-            Self::Packed(ring) => Ok(Self::Packed(ring)),
+            Self::Packed(ring) => ring.recover(record).map(|ring| Self::Packed(Box::new(ring))),
         }
     }
 

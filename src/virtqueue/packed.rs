@@ -3,10 +3,13 @@
 //! Owns: where the next available descriptor is, where the next used one goes, which buffer ids are in flight, when to
 //! notify. Virtio 1.3, section 2.8.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use super::chain::{Chain, Used};
+use super::crash;
+use super::inflight::{Copied, InflightSlot, PackedRecord, Recovered};
 use super::order::Order;
 use super::ring::{
     Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, WRITE, Written,
@@ -136,6 +139,22 @@ pub struct PackedRing {
     hidden: Option<(u16, u16)>,
     /// Used descriptors since we last decided whether to notify; None before the first time.
     undecided: Option<u16>,
+
+    /// What outlives this process of the above, if the front-end gave memory for it.
+    record: Option<Box<Recorded>>,
+}
+
+#[derive(Debug)]
+struct Recorded {
+    record: PackedRecord,
+    /// Chains that a device before us had taken, by their first entry: they come before what is available.
+    resubmit: VecDeque<u16>,
+    /// Whether the chain that was taken last was one of them.
+    last_was_one: bool,
+    /// The first entry of the chain in flight with each buffer id.
+    entries: Box<[u16]>,
+    /// The descriptors of the chain that is being taken.
+    copied: Vec<Copied>,
 }
 
 // SAFETY: the pointers are into shared memory that `walk.snapshot` keeps mapped, and the ring is used by one thread at a
@@ -170,11 +189,28 @@ impl Ring for PackedRing {
             order: options.in_order.then(Order::default),
             hidden: None,
             undecided: None,
+            record: None,
         };
         (ring.avail, ring.used) = ring.understand(base);
         let impossible = RingError::ImpossibleBase { base, size };
         ring.taken = ring.avail.ahead_of(ring.used, size).ok_or(impossible)?;
         Ok(ring)
+    }
+
+    fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
+        let (record, Recovered { used, avail, resubmit }) =
+            PackedRecord::open(slot, self.size, self.used, |at| self.is_available(at))?;
+        (self.used, self.avail) = (used, avail);
+        self.taken = avail.ahead_of(used, self.size).unwrap_or(0);
+        self.hide_unpublished();
+        let entries = vec![0; self.size.into()].into();
+        let resubmit = resubmit.into();
+        self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false, entries, copied: Vec::new() }));
+        Ok(self)
+    }
+
+    fn resubmitting(&self) -> u16 {
+        self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
     }
 
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
@@ -213,11 +249,11 @@ impl Ring for PackedRing {
     }
 
     fn look(&mut self) -> Result<bool, RingError> {
-        Ok(self.is_available(self.avail))
+        Ok(self.resubmitting() > 0 || self.is_available(self.avail))
     }
 
     fn available(&mut self) -> Result<u16, RingError> {
-        let (mut at, mut left, mut count) = (self.avail, self.size - self.taken, 0);
+        let (mut at, mut left, mut count) = (self.avail, self.size - self.taken, self.resubmitting());
         while left > 0 && self.is_available(at) {
             count += 1;
             let mut goes_on = true;
@@ -232,24 +268,25 @@ impl Ring for PackedRing {
     }
 
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(recorded) = &self.record
+            && let Some(first) = recorded.resubmit.front().copied()
+        {
+            return self.pop_again(first, chain).map(|()| true);
+        }
         if !self.is_available(self.avail) {
             return Ok(false);
         }
         chain.start(self.avail.slot);
         let (id, descriptors) = self.follow(chain)?;
-        match self.chains.get_mut(usize::from(id)) {
-            Some(free @ 0) => *free = descriptors,
-            Some(_) => return Err(RingError::IdInFlight { descriptor: self.avail.slot, id }),
-            None => return Err(RingError::IdOutOfRange { descriptor: self.avail.slot, id, size: self.size }),
+        self.check_id(self.avail.slot, id)?;
+        if let Some(recorded) = &mut self.record {
+            recorded.entries[usize::from(id)] = recorded.record.taken(&recorded.copied)?;
+            recorded.last_was_one = false;
         }
         chain.set_head(id);
         self.avail = self.avail.plus(descriptors, self.size);
         self.taken += descriptors;
-        self.in_flight += 1;
-        self.last_taken = Some(id);
-        if let Some(order) = &mut self.order {
-            order.taken(id);
-        }
+        self.count_taken(id, descriptors);
         Ok(true)
     }
 
@@ -258,12 +295,20 @@ impl Ring for PackedRing {
             return false;
         }
         let descriptors = std::mem::take(&mut self.chains[usize::from(head)]);
-        self.avail = self.avail.minus(descriptors, self.size);
-        self.taken -= descriptors;
         self.in_flight -= 1;
         if let Some(order) = &mut self.order {
             order.put_back();
         }
+        if let Some(recorded) = &mut self.record {
+            let first = recorded.entries[usize::from(head)];
+            if recorded.last_was_one {
+                recorded.resubmit.push_front(first);
+                return true;
+            }
+            recorded.record.put_back(first);
+        }
+        self.avail = self.avail.minus(descriptors, self.size);
+        self.taken -= descriptors;
         true
     }
 
@@ -281,7 +326,14 @@ impl Ring for PackedRing {
 
     fn publish(&mut self) -> bool {
         let Some((first, flags)) = self.hidden.take() else { return false };
+        if let Some(recorded) = &mut self.record {
+            recorded.record.before_publish(self.used);
+        }
         self.flags(first).store(flags.to_le(), Ordering::Release);
+        crash::point();
+        if let Some(recorded) = &mut self.record {
+            recorded.record.after_publish();
+        }
         // The driver may be about to sleep: it must see the descriptor, or we must see that it wants a notification.
         fence(Ordering::SeqCst);
         let suppression = u32::from_le(self.driver_events().load(Ordering::Relaxed));
@@ -344,10 +396,78 @@ impl PackedRing {
         u16::from_le(self.flags(at.slot).load(Ordering::Acquire)) & (AVAIL | USED) == at.available()
     }
 
+    /// What a device before us has filled and not published must not come to light with what we publish.
+    fn hide_unpublished(&self) {
+        let mut at = self.used;
+        for _ in 0..self.taken {
+            if u16::from_le(self.flags(at.slot).load(Ordering::Relaxed)) & (AVAIL | USED) == at.used() {
+                self.flags(at.slot).store(at.available().to_le(), Ordering::Relaxed);
+                crash::point();
+            }
+            at = at.plus(1, self.size);
+        }
+    }
+
+    /// Take a chain that the record holds. Its place in the ring is behind us, and may be another's by now.
+    #[cold]
+    fn pop_again(&mut self, first: u16, chain: &mut Chain) -> Result<(), RingError> {
+        let Some(recorded) = &mut self.record else { return Ok(()) };
+        chain.start(first);
+        chain.set_resubmitted();
+        recorded.copied.clear();
+        recorded.copied.extend(recorded.record.descriptors(first));
+        let descriptors = recorded.copied.len() as u16;
+        let mut id = 0;
+        for (left, copied) in (0..descriptors).rev().zip(&recorded.copied) {
+            let Copied { address, length, id: link, flags } = *copied;
+            let descriptor = Descriptor { address, length, flags, link };
+            if (flags & NEXT == 0) != (left == 0) {
+                let reason = format!("entry {first}: the flags of its descriptors end the chain elsewhere than num");
+                return Err(RingError::InflightRecord(reason));
+            }
+            if flags & INDIRECT == 0 {
+                self.walk.add(first, descriptor, chain)?;
+            } else {
+                self.walk.indirect(first, descriptor, chain, follow_table)?;
+            }
+            id = link;
+        }
+        self.check_id(first, id)?;
+        if let Some(recorded) = &mut self.record {
+            recorded.resubmit.pop_front();
+            recorded.last_was_one = true;
+            recorded.entries[usize::from(id)] = first;
+        }
+        chain.set_head(id);
+        self.count_taken(id, descriptors);
+        Ok(())
+    }
+
+    /// Whether the chain at a descriptor may have a buffer id.
+    fn check_id(&self, descriptor: u16, id: u16) -> Result<(), RingError> {
+        match self.chains.get(usize::from(id)) {
+            Some(0) => Ok(()),
+            Some(_) => Err(RingError::IdInFlight { descriptor, id }),
+            None => Err(RingError::IdOutOfRange { descriptor, id, size: self.size }),
+        }
+    }
+
+    fn count_taken(&mut self, id: u16, descriptors: u16) {
+        self.chains[usize::from(id)] = descriptors;
+        self.in_flight += 1;
+        self.last_taken = Some(id);
+        if let Some(order) = &mut self.order {
+            order.taken(id);
+        }
+    }
+
     /// Add everything that the next chain has. Returns its buffer id, and how many descriptors it takes in the ring.
     fn follow(&mut self, chain: &mut Chain) -> Result<(u16, u16), RingError> {
         let free = self.size - self.taken;
         let mut at = self.avail;
+        if let Some(recorded) = &mut self.record {
+            recorded.copied.clear();
+        }
         for count in 1..=free {
             // SAFETY: a position is less than `size`, and the ring was resolved over `size` entries of 16 bytes. The
             // guest may write concurrently: hence volatile copies, used alone.
@@ -355,6 +475,10 @@ impl PackedRing {
                 let entry = self.parts.descriptors.add(2 * usize::from(at.slot));
                 Descriptor::from_packed([entry.read_volatile(), entry.add(1).read_volatile()])
             };
+            if let Some(recorded) = &mut self.record {
+                let Descriptor { address, length, flags, link: id } = descriptor;
+                recorded.copied.push(Copied { address, length, id, flags });
+            }
             if descriptor.flags & INDIRECT != 0 {
                 self.walk.indirect(at.slot, descriptor, chain, follow_table)?;
                 return Ok((descriptor.link, count));
@@ -381,12 +505,18 @@ impl PackedRing {
         unsafe {
             let entry = self.parts.descriptors.cast::<u32>().add(4 * usize::from(slot));
             entry.add(2).write_volatile(used.written.to_le());
+            crash::point();
             entry.add(3).cast::<u16>().write_volatile(used.head.to_le());
+            crash::point();
+        }
+        if let Some(recorded) = &mut self.record {
+            recorded.record.completed(recorded.entries[usize::from(used.head)]);
         }
         if self.hidden.is_none() {
             self.hidden = Some((slot, flags));
         } else {
             self.flags(slot).store(flags.to_le(), Ordering::Relaxed);
+            crash::point();
         }
         self.used = self.used.plus(descriptors, self.size);
         self.taken -= descriptors;

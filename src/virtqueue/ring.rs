@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::chain::{Chain, Used};
+use super::inflight::InflightSlot;
 use crate::error::RingError;
 use crate::memory::{Access, IovaRange, Snapshot, Unmapped, Untranslated};
 
@@ -26,6 +27,15 @@ pub trait Ring: Debug + Send {
     ) -> Result<Self, RingError>
     where
         Self: Sized;
+
+    /// The ring with a record of what is in flight. What a device before us has left in it is taken again, first and in
+    /// the same order, and the record says where the ring goes on. vhost-user specification, "Inflight I/O tracking".
+    fn recover(self, slot: &InflightSlot) -> Result<Self, RingError>
+    where
+        Self: Sized;
+
+    /// How many of the next chains a device before us had taken already.
+    fn resubmitting(&self) -> u16;
 
     /// The same ring over other memory, or an error that leaves it as it was.
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError>;

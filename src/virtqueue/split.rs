@@ -104,6 +104,18 @@ impl Ring for SplitRing {
         Ok(ring)
     }
 
+    fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
+        let (record, resubmit) = SplitRecord::open(slot, self.size, self.next_used)?;
+        self.next_avail = self.next_used.wrapping_add(resubmit.len() as u16);
+        self.avail = self.next_avail;
+        self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false }));
+        Ok(self)
+    }
+
+    fn resubmitting(&self) -> u16 {
+        self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
+    }
+
     fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
         Parts::resolve(self.addresses, self.size, snapshot, self.options).map(RingPointers)
     }
@@ -273,22 +285,6 @@ impl Ring for SplitRing {
 }
 
 impl SplitRing {
-    /// The ring with a record of what is in flight. What a device before us has left in it is taken again, first and in
-    /// the same order, and the record says where the ring goes on. vhost-user specification, "Inflight I/O tracking".
-    pub fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
-        let (record, resubmit) = SplitRecord::open(slot, self.size, self.next_used)?;
-        self.next_avail = self.next_used.wrapping_add(resubmit.len() as u16);
-        self.avail = self.next_avail;
-        self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false }));
-        Ok(self)
-    }
-
-    /// How many of the next chains a device before us had taken already.
-    #[must_use]
-    pub fn resubmitting(&self) -> u16 {
-        self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
-    }
-
     /// Take a chain that the record holds. It has its mark, and its place in the available ring is behind us.
     #[cold]
     fn pop_again(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {

@@ -12,7 +12,6 @@
 //!
 //! vhost-user specification, "Inflight I/O tracking".
 
-#[allow(dead_code)]
 mod packed;
 mod split;
 
@@ -23,8 +22,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-#[allow(unused_imports)]
-pub(super) use packed::{Copied, PackedRecord, Position, Recovered};
+pub(super) use packed::{Copied, PackedRecord, Recovered};
 pub(super) use split::SplitRecord;
 
 use super::crash;

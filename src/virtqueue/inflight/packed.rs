@@ -4,6 +4,7 @@
 //! Free entries are a list. What changes while requests are taken or given back is kept twice, and what is "old" counts
 //! until the change is complete.
 
+use super::super::packed::Position;
 use super::{Cells, ENTRIES, Format, IN_USE, InflightSlot, VERSION, flag, refuse};
 use crate::error::RingError;
 
@@ -35,26 +36,6 @@ pub struct Copied {
     pub length: u32,
     pub id: u16,
     pub flags: u16,
-}
-
-/// A slot of the ring, and the wrap counter of whoever is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    pub slot: u16,
-    pub wrap: bool,
-}
-
-impl Position {
-    /// `count` slots further, in a ring of `size`, of which there are at least as many.
-    #[must_use]
-    pub fn advanced(self, count: u16, size: u16) -> Self {
-        let slot = u32::from(self.slot) + u32::from(count);
-        if slot >= u32::from(size) {
-            Self { slot: (slot - u32::from(size)) as u16, wrap: !self.wrap }
-        } else {
-            Self { slot: slot as u16, wrap: self.wrap }
-        }
-    }
 }
 
 /// What a record says when its ring starts.
@@ -135,7 +116,7 @@ impl PackedRecord {
         resubmit.sort_unstable();
         record.next_counter = resubmit.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         let used = record.used;
-        let avail = used.advanced(taken as u16, size);
+        let avail = used.plus(taken as u16, size);
         let resubmit = resubmit.into_iter().map(|(_, first)| first).collect();
         Ok((record, Recovered { used, avail, resubmit }))
     }

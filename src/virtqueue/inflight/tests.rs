@@ -8,8 +8,10 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::super::crash::survive;
+use super::super::packed::Position;
 use super::super::{
-    Chain, Driver, Element, Ring, RingAddresses, RingLimits, RingOptions, SplitDriver, SplitRing, Used,
+    Chain, Driver, Element, PackedDriver, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitDriver,
+    SplitRing, Used,
 };
 use super::*;
 
@@ -43,33 +45,35 @@ impl Dice {
 }
 
 /// A driver, and device after device on the same ring and the same record.
-struct Rig {
+struct Rig<D> {
     memory: Arc<Snapshot>,
     buffer: InflightBuffer,
-    driver: SplitDriver,
-    /// Requests that the driver waits for, by their descriptor.
+    size: u16,
+    options: RingOptions,
+    driver: D,
+    /// Requests that the driver waits for, by the number that comes back.
     outstanding: BTreeMap<u16, u32>,
     /// How often each request was given back.
     completed: Vec<u32>,
-    /// What the device of today has: taken by it or by one before it, in the order of the first time.
+    /// What is in flight, in the order in which it was taken for the first time.
     taken: Vec<u16>,
-    /// What it is taking or putting back: it may be in flight or not, if it dies now.
-    changing: Option<u16>,
+    /// Whether the device is taking a chain or putting the last one back: that one may be in flight or not, if it dies.
+    changing: bool,
 }
 
-impl Rig {
-    fn new(base: u16) -> Self {
+impl<D: Driver> Rig<D> {
+    fn new(size: u16, base: u32, options: RingOptions) -> Self {
         let memory = guest_memory();
-        let driver = SplitDriver::new(ADDRESSES, SIZE, base.into(), OPTIONS, memory.clone()).unwrap();
-        let (_, _, buffer) = buffer(Format::Split, 2, SIZE);
-        let nothing = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { memory, buffer, driver, outstanding: nothing.0, completed: nothing.1, taken: nothing.2, changing: None }
+        let driver = D::new(ADDRESSES, size, base, options, memory.clone()).unwrap();
+        let format = if options.packed { Format::Packed } else { Format::Split };
+        let (_, _, buffer) = buffer(format, 2, size);
+        let (outstanding, completed, taken) = Default::default();
+        Self { memory, buffer, size, options, driver, outstanding, completed, taken, changing: false }
     }
 
     fn submit(&mut self) {
         let length = 1 + self.completed.len() as u32;
-        let part = Element { address: DATA, length, writable: true };
-        let parts = [part; 2];
+        let parts = [Element { address: DATA, length, writable: true }; 2];
         let Ok(head) = self.driver.add(&parts[..1 + self.completed.len() % 2], None) else { return };
         let _kick = self.driver.publish();
         self.outstanding.insert(head, self.completed.len() as u32);
@@ -82,33 +86,27 @@ impl Rig {
             let request = self.outstanding.remove(&used.head).unwrap();
             assert_eq!(used.written, request, "the answer to another request");
             self.completed[request as usize] += 1;
+            self.taken.retain(|head| *head != used.head);
         }
     }
 
-    fn start(&self, base: u16) -> SplitRing {
-        let ring =
-            SplitRing::new(ADDRESSES, SIZE, base.into(), OPTIONS, RingLimits::default(), self.memory.clone()).unwrap();
-        ring.recover(&self.buffer.slot(1).unwrap()).unwrap()
+    fn start<R: Ring>(&self, base: u32) -> R {
+        let ring = R::new(ADDRESSES, self.size, base, self.options, RingLimits::default(), self.memory.clone());
+        ring.unwrap().recover(&self.buffer.slot(1).unwrap()).unwrap()
     }
 
-    /// Entry `index` of the available ring.
-    fn available_at(&self, index: u16) -> u16 {
-        let entry = self.memory.user_pointer(ADDRESSES.avail + 4 + 2 * u64::from(index % SIZE), 2).unwrap();
-        // SAFETY: the pointer was made just now, for two bytes, and `self.memory` keeps them mapped.
-        u16::from_le(unsafe { entry.cast::<u16>().read_volatile() })
-    }
-
-    fn take(&mut self, ring: &mut SplitRing) -> Option<u16> {
-        if ring.available().unwrap() == 0 {
+    fn take(&mut self, ring: &mut impl Ring) -> Option<u16> {
+        if !ring.look().unwrap() {
             return None;
         }
-        let base = ring.base() as u16;
         let again = ring.resubmitting() > 0;
-        self.changing = (!again).then(|| self.available_at(base));
+        self.changing = !again;
         let mut chain = Chain::default();
         assert!(ring.pop(&mut chain).unwrap());
-        self.changing = None;
+        self.changing = false;
         assert_eq!(chain.resubmitted(), again);
+        let request = self.outstanding[&chain.head()];
+        assert_eq!(chain.writable(), u64::from((1 + request) * (1 + request % 2)), "another chain");
         if !again {
             self.taken.push(chain.head());
         }
@@ -116,7 +114,7 @@ impl Rig {
     }
 
     /// A device at work: chains are taken, put back, and given back in any order and in batches.
-    fn work(&mut self, ring: &mut SplitRing, dice: &mut Dice, rounds: usize) {
+    fn work(&mut self, ring: &mut impl Ring, dice: &mut Dice, rounds: usize) {
         let mut held: Vec<u16> = Vec::new();
         for _ in 0..rounds {
             for _ in 0..dice.roll(4) {
@@ -125,16 +123,16 @@ impl Rig {
             for _ in 0..dice.roll(4) {
                 held.extend(self.take(ring));
             }
+            let again = ring.resubmitting() > 0;
             if dice.roll(4) == 0
-                && ring.resubmitting() == 0
                 && let Some(head) = self.take(ring)
             {
-                self.changing = Some(head);
+                self.changing = !again;
                 assert!(ring.unpop(head));
-                if self.taken.last() == Some(&head) && ring.resubmitting() == 0 {
+                self.changing = false;
+                if !again {
                     self.taken.pop();
                 }
-                self.changing = None;
             }
             let batch: Vec<_> =
                 (0..dice.roll(held.len() + 1)).map(|_| held.swap_remove(dice.roll(held.len()))).collect();
@@ -146,65 +144,161 @@ impl Rig {
         self.give_back(ring, &held);
     }
 
-    fn give_back(&mut self, ring: &mut SplitRing, batch: &[u16]) {
+    fn give_back(&mut self, ring: &mut impl Ring, batch: &[u16]) {
         for head in batch {
             ring.push_used(Used { head: *head, written: self.outstanding[head] });
         }
         let _call = ring.publish();
         self.look();
-        self.taken.retain(|head| !batch.contains(head));
     }
 
     /// The device died. The next one must find exactly what was in flight.
-    fn recover(&mut self) -> SplitRing {
+    fn recover<R: Ring>(&mut self, base: u32) -> R {
         self.look();
-        let outstanding = &self.outstanding;
-        self.taken.retain(|head| outstanding.contains_key(head));
         // It may die while it recovers, too, and the one after it.
-        let mut ring: SplitRing = (0..).find_map(|points| survive(points, || self.start(0x5555))).unwrap();
-        let (_, found) = SplitRecord::open(&self.buffer.slot(1).unwrap(), SIZE, self.driver.base() as u16).unwrap();
-        let mut found = Vec::from(found);
-        let sure =
-            |heads: &[u16]| heads.iter().copied().filter(|head| Some(*head) != self.changing).collect::<Vec<_>>();
-        assert_eq!(sure(&found), sure(&self.taken), "what was found, and what was in flight");
-        std::mem::swap(&mut self.taken, &mut found);
-        self.changing = None;
-        assert_eq!(usize::from(ring.resubmitting()), self.taken.len());
-        let waiting = usize::from(ring.available().unwrap());
+        let mut probe: R = (0..).find_map(|points| survive(points, || self.start(base))).unwrap();
+        let waiting = usize::from(probe.available().unwrap());
         assert_eq!(waiting, self.outstanding.len(), "in flight or available: nothing else");
-        ring
+        let mut found = Vec::new();
+        while probe.resubmitting() > 0 {
+            let mut chain = Chain::default();
+            assert!(probe.pop(&mut chain).unwrap());
+            found.push(chain.head());
+        }
+        if std::mem::take(&mut self.changing) && found.len() != self.taken.len() {
+            if found.len() < self.taken.len() {
+                self.taken.pop();
+            } else {
+                self.taken.extend(found.last());
+            }
+        }
+        assert_eq!(found, self.taken, "what was found, and what was in flight");
+        self.start(base)
     }
+}
+
+/// Let a device die after every store, and the one after it, too.
+fn die_everywhere<D: Driver, R: Ring>(size: u16, base: u32, options: RingOptions, seed: u32) {
+    let mut deaths = 0;
+    for points in 0.. {
+        let mut rig = Rig::<D>::new(size, base, options);
+        let mut dice = Dice(seed);
+        let mut ring: R = rig.start(base);
+        let mut lived = survive(points, || rig.work(&mut ring, &mut dice, 6)).is_some();
+        let at_once = lived;
+        for second in [points % 23, points % 61] {
+            if !lived {
+                deaths += 1;
+                ring = rig.recover(base);
+                lived = survive(second, || rig.work(&mut ring, &mut dice, 3)).is_some();
+            }
+        }
+        if !lived {
+            ring = rig.recover(base);
+        }
+        rig.work(&mut ring, &mut dice, 3);
+        assert!(rig.outstanding.is_empty(), "lost: {:?}", rig.outstanding);
+        assert!(rig.completed.iter().all(|times| *times == 1), "doubled: {:?}", rig.completed);
+        if at_once {
+            break;
+        }
+    }
+    assert!(deaths > 50, "{deaths} deaths with the seed {seed}");
 }
 
 #[test]
 fn nothing_is_lost_or_doubled_whenever_a_device_on_a_split_ring_dies() {
     for seed in 0..12 {
-        let base = 0u16.wrapping_sub(seed as u16);
-        let mut deaths = 0;
-        for points in 0.. {
-            let mut rig = Rig::new(base);
-            let mut dice = Dice(seed);
-            let mut ring = rig.start(base);
-            let mut lived = survive(points, || rig.work(&mut ring, &mut dice, 6)).is_some();
-            let at_once = lived;
-            for second in [points % 23, points % 61] {
-                if !lived {
-                    deaths += 1;
-                    ring = rig.recover();
-                    lived = survive(second, || rig.work(&mut ring, &mut dice, 3)).is_some();
-                }
-            }
-            if !lived {
-                ring = rig.recover();
-            }
-            rig.work(&mut ring, &mut dice, 3);
-            assert!(rig.outstanding.is_empty(), "lost: {:?}", rig.outstanding);
-            assert!(rig.completed.iter().all(|times| *times == 1), "doubled: {:?}", rig.completed);
-            if at_once {
-                break;
-            }
+        let options = RingOptions { in_order: seed % 3 == 2, ..OPTIONS };
+        die_everywhere::<SplitDriver, SplitRing>(SIZE, u32::from(0u16.wrapping_sub(seed as u16)), options, seed);
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_whenever_a_device_on_a_packed_ring_dies() {
+    for seed in 0..12 {
+        let options = RingOptions { packed: true, in_order: seed % 3 == 2, ..OPTIONS };
+        let size = [SIZE, 5, 3, 7][seed as usize % 4];
+        die_everywhere::<PackedDriver, PackedRing>(size, 0x8000_8000, options, seed);
+    }
+}
+
+/// A record of a packed ring with 8 entries, of which a chain of two descriptors, and then one of one, are in flight.
+fn packed_in_use(slot: &InflightSlot) {
+    let (mut record, _) = PackedRecord::open(slot, SIZE, Position::from_bits(0x8000), |_| true).unwrap();
+    record.taken(&[Copied::default(); 2]).unwrap();
+    record.taken(&[Copied::default()]).unwrap();
+}
+
+fn packed_error(change: impl FnOnce(&Cells)) -> String {
+    let (_, _, buffer) = buffer(Format::Packed, 1, SIZE);
+    let slot = buffer.slot(0).unwrap();
+    packed_in_use(&slot);
+    change(&slot.cells);
+    PackedRecord::open(&slot, SIZE, Position::from_bits(0x8000), |_| true).unwrap_err().to_string()
+}
+
+#[test]
+fn a_packed_record_that_no_device_writes_is_refused_with_its_field() {
+    let entry = |at: usize| 32 + 32 * at;
+    let changes: [(&dyn Fn(&Cells), &str); 13] = [
+        (&|record| record.set_u16(8, 7), "version is 7; 0 and 1 are known"),
+        (&|record| record.set_u16(10, 4), "desc_num is 4, the ring has 8"),
+        (&|record| record.set_u16(12, 9), "free_head is 9, the ring has 8 entries"),
+        (&|record| record.set_u16(14, 0xffff), "old_free_head is 65535, the ring has 8 entries"),
+        (&|record| record.set_u16(16, 8), "used_idx is 8, the ring has 8 entries"),
+        (&|record| record.set_u16(18, 8), "old_used_idx is 8, the ring has 8 entries"),
+        (&|record| record.set_u8(20, 2), "used_wrap_counter is 2; it must be 0 or 1"),
+        (&|record| record.set_u8(entry(7), 3), "entry 7: inflight is 3; it must be 0 or 1"),
+        (&|record| record.set_u16(entry(5) + 2, 9), "entry 5: next is 9, the ring has 8 entries"),
+        (&|record| record.set_u16(entry(5) + 2, 3), "entry 3: the list of free entries comes here twice"),
+        (&|record| record.set_u16(entry(0) + 4, 6), "entry 0: last is 6; following next leads to 1"),
+        (&|record| record.set_u16(entry(0) + 6, 0), "entry 0: num is 0, the ring has 8 entries"),
+        (
+            &|record| {
+                record.set_u16(entry(0) + 2, 2);
+                record.set_u16(entry(0) + 4, 2);
+            },
+            "entry 2: it is free, or in two chains, one of them that of entry 2",
+        ),
+    ];
+    for (change, error) in changes {
+        let seen = packed_error(change);
+        assert!(seen.contains(error), "{seen} instead of {error}");
+    }
+    let lost = packed_error(|record| record.set_u8(entry(2), 0));
+    assert!(lost.contains("2 entries are in flight and 5 are free; together they must be 8"), "{lost}");
+}
+
+#[test]
+fn random_bytes_in_a_record_never_do_worse_than_an_error() {
+    let mut dice = Dice(7);
+    for round in 0..4_000 {
+        let format = if round % 2 == 0 { Format::Split } else { Format::Packed };
+        let (_, _, buffer) = buffer(format, 1, SIZE);
+        let slot = buffer.slot(0).unwrap();
+        if format == Format::Split {
+            split_in_use(&slot)
+        } else {
+            packed_in_use(&slot)
         }
-        assert!(deaths > 50, "{deaths} deaths with the seed {seed}");
+        for _ in 0..=dice.roll(4) {
+            slot.cells.set_u8(dice.roll(slot.cells.length), dice.roll(10) as u8);
+        }
+        if format == Format::Split {
+            let Ok((mut record, found)) = SplitRecord::open(&slot, SIZE, 100) else { continue };
+            found.iter().for_each(|head| record.completed(*head));
+            record.before_publish();
+            record.after_publish(101);
+        } else {
+            let opened = PackedRecord::open(&slot, SIZE, Position::from_bits(0x8000), |_| dice.roll(2) == 0);
+            let Ok((mut record, found)) = opened else { continue };
+            found.resubmit.iter().for_each(|first| record.completed(*first));
+            let _ = record.taken(&[Copied::default(); 2]);
+            record.before_publish(found.avail);
+            record.after_publish();
+            while record.taken(&[Copied::default(); 3]).is_ok() {}
+        }
     }
 }
 
