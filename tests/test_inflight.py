@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -340,6 +341,7 @@ import vhost_user as vu
 
 class Count(vu.Device, device_id=0x7FFF):
     requestq = vu.Queue()
+    packed_rings = len(sys.argv) > 3
 
     @requestq.handler
     def count(self, request):
@@ -363,10 +365,10 @@ for line in sys.stdin:
 class Nursery:
     """Devices in processes of their own, one after the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.path = folder / "count.sock"
         self._log = folder / "count.log"
-        command = [sys.executable, "-c", NURSERY, str(self.path), str(self._log)]
+        command = [sys.executable, "-c", NURSERY, str(self.path), str(self._log), *options]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._device: int | None = None
 
@@ -397,9 +399,9 @@ class Nursery:
         self.path.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def nursery(level: None, tmp_path: Path) -> Iterator[Nursery]:
-    with contextlib.closing(Nursery(tmp_path)) as nursery:
+@pytest.fixture(params=[(), ("packed",)], ids=["split", "packed"])
+def nursery(level: None, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Nursery]:
+    with contextlib.closing(Nursery(tmp_path, *request.param)) as nursery:
         yield nursery
 
 
@@ -512,3 +514,13 @@ def test_a_record_needs_its_feature(serve: Serve) -> None:
         frontend.negotiate(protocol=vu.ProtocolFeature.REPLY_ACK)
         with pytest.raises(vu.StateError, match="GET_INFLIGHT_FD needs the protocol feature INFLIGHT_SHMFD"):
             frontend.get_inflight(1)
+
+
+def test_the_page_on_reconnecting_shows_what_works(level: None, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/reconnecting.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0].replace("/run/disk.sock", str(tmp_path / "device.sock"))
+    with Reverse().start(tmp_path / "device.sock"):
+        names: dict[str, Any] = {"vu": vu}
+        exec(example, names)
+        names["frontend"].close()
+    assert names["answer"] == b"krow"

@@ -240,22 +240,25 @@ fn packed_error(change: impl FnOnce(&Cells)) -> String {
 
 #[test]
 fn a_packed_record_that_no_device_writes_is_refused_with_its_field() {
-    let entry = |at: usize| 32 + 32 * at;
-    let changes: [(&dyn Fn(&Cells), &str); 13] = [
-        (&|record| record.set_u16(8, 7), "version is 7; 0 and 1 are known"),
-        (&|record| record.set_u16(10, 4), "desc_num is 4, the ring has 8"),
-        (&|record| record.set_u16(12, 9), "free_head is 9, the ring has 8 entries"),
-        (&|record| record.set_u16(14, 0xffff), "old_free_head is 65535, the ring has 8 entries"),
-        (&|record| record.set_u16(16, 8), "used_idx is 8, the ring has 8 entries"),
-        (&|record| record.set_u16(18, 8), "old_used_idx is 8, the ring has 8 entries"),
-        (&|record| record.set_u8(20, 2), "used_wrap_counter is 2; it must be 0 or 1"),
-        (&|record| record.set_u8(entry(7), 3), "entry 7: inflight is 3; it must be 0 or 1"),
-        (&|record| record.set_u16(entry(5) + 2, 9), "entry 5: next is 9, the ring has 8 entries"),
-        (&|record| record.set_u16(entry(5) + 2, 3), "entry 3: the list of free entries comes here twice"),
-        (&|record| record.set_u16(entry(0) + 4, 6), "entry 0: last is 6; following next leads to 1"),
-        (&|record| record.set_u16(entry(0) + 6, 0), "entry 0: num is 0, the ring has 8 entries"),
+    const fn entry(at: usize) -> usize {
+        32 + 32 * at
+    }
+    type Change = fn(&Cells);
+    let changes: [(Change, &str); 13] = [
+        (|record| record.set_u16(8, 7), "version is 7; 0 and 1 are known"),
+        (|record| record.set_u16(10, 4), "desc_num is 4, the ring has 8"),
+        (|record| record.set_u16(12, 9), "free_head is 9, the ring has 8 entries"),
+        (|record| record.set_u16(14, 0xffff), "old_free_head is 65535, the ring has 8 entries"),
+        (|record| record.set_u16(16, 8), "used_idx is 8, the ring has 8 entries"),
+        (|record| record.set_u16(18, 8), "old_used_idx is 8, the ring has 8 entries"),
+        (|record| record.set_u8(20, 2), "used_wrap_counter is 2; it must be 0 or 1"),
+        (|record| record.set_u8(entry(7), 3), "entry 7: inflight is 3; it must be 0 or 1"),
+        (|record| record.set_u16(entry(5) + 2, 9), "entry 5: next is 9, the ring has 8 entries"),
+        (|record| record.set_u16(entry(5) + 2, 3), "entry 3: the list of free entries comes here twice"),
+        (|record| record.set_u16(entry(0) + 4, 6), "entry 0: last is 6; following next leads to 1"),
+        (|record| record.set_u16(entry(0) + 6, 0), "entry 0: num is 0, the ring has 8 entries"),
         (
-            &|record| {
+            |record| {
                 record.set_u16(entry(0) + 2, 2);
                 record.set_u16(entry(0) + 4, 2);
             },
