@@ -142,15 +142,15 @@ def test_a_front_end_that_is_not_closed_is_reported() -> None:
 
 def test_everything_that_both_sides_know_is_negotiated(pair: Pair) -> None:
     notification_data = 1 << 38
-    log_shmfd = 1 << 1
+    xen_mmap = 1 << 17
     offered = raw.PROTOCOL_FEATURES | raw.VERSION_1 | notification_data | 1 << 5 | 1 << 50
-    frontend, _ = pair(features=offered, protocol=PROTOCOL | log_shmfd)
+    frontend, _ = pair(features=offered, protocol=PROTOCOL | xen_mmap)
     frontend.negotiate()
     assert frontend.features == raw.PROTOCOL_FEATURES | raw.VERSION_1 | 1 << 5 | 1 << 50
     assert frontend.offered_features & notification_data
     assert vu.ProtocolFeature.CONFIG in frontend.protocol
-    assert vu.ProtocolFeature.LOG_SHMFD in frontend.offered_protocol
-    assert vu.ProtocolFeature.LOG_SHMFD not in frontend.protocol
+    assert vu.ProtocolFeature.XEN_MMAP in frontend.offered_protocol
+    assert vu.ProtocolFeature.XEN_MMAP not in frontend.protocol
     assert frontend.queue_count == 2
 
 

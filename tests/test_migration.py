@@ -32,6 +32,7 @@ from raw import (
     wait_until,
 )
 from specimens import NO_TYPE, Connect, Diary, Hold, Reverse, Serve
+from vhost_user.testing import connect as connected
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -345,3 +346,69 @@ def test_a_log_whose_file_shrinks_ends_the_session_and_not_the_process(
     assert front.is_closed()
     wait_until(lambda: ("disconnect",) in [entry[:1] for entry in device.entries], "the device is told")
     assert "shrank the file behind its dirty log" in str(device.entries[-1][1])
+
+
+# --- The driver's half ------------------------------------------------------------------------------------------------
+
+
+def test_a_log_has_the_pages_that_were_written_to_since_the_last_look() -> None:
+    with connected(Reverse(), start=False) as frontend:
+        queue = frontend.queue(0)
+        log = vu.DirtyLog(frontend.memory)
+        frontend.set_log(log)
+        queue.request(b"abc", 3)
+        assert log.take() == []
+        frontend.log_all()
+        queue.request(b"abc", 3)
+        [region] = frontend.memory.regions
+        first = log.take()
+        assert first
+        assert all(region[0] <= page * 4096 < sum(region) for page in first)
+        assert log.take() == []
+        queue.request(b"abc", 3)
+        assert log.take() == first
+        frontend.log_all(False)
+        queue.request(b"abc", 3)
+        assert log.take() == []
+
+
+def test_a_log_is_swapped_while_requests_are_under_way() -> None:
+    with connected(Reverse()) as frontend:
+        log = vu.DirtyLog(frontend.memory)
+        frontend.set_log(log)
+        frontend.log_all()
+        for _ in range(20):
+            completions = [frontend.queues[0].submit(b"abc", 3) for _ in range(8)]
+            new = vu.DirtyLog(frontend.memory)
+            frontend.set_log(new)
+            log.take()
+            for completion in completions:
+                completion.wait()
+            assert log.take() == []
+            log = new
+
+
+def test_a_queue_that_starts_later_is_logged_and_marks_are_announced() -> None:
+    with connected(Reverse(), start=False) as frontend:
+        log = vu.DirtyLog(pages=(frontend.memory.regions[0][0] + (16 << 20)) // 4096)
+        event = os.eventfd(0, os.EFD_NONBLOCK)
+        frontend.set_log(log)
+        frontend.set_log_fd(event)
+        frontend.log_all()
+        queue = frontend.queue(0)
+        queue.request(b"abc", 3)
+        used_page = (queue.addresses[2] - vu.Memory.user_address(0)) // 4096
+        assert used_page in log.take()
+        assert os.eventfd_read(event) > 0
+        os.close(event)
+
+
+def test_a_log_needs_its_feature_and_makes_sense() -> None:
+    with connected(Reverse(), protocol=vu.ProtocolFeature.REPLY_ACK) as frontend:
+        with pytest.raises(vu.StateError, match="LOG_SHMFD"):
+            frontend.set_log(vu.DirtyLog(frontend.memory))
+        with pytest.raises(vu.StateError, match="DEVICE_STATE"):
+            frontend.save_state()
+    with pytest.raises(ValueError, match="number of pages"):
+        vu.DirtyLog()
+    assert vu.DirtyLog(pages=1).pages == 64

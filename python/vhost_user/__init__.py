@@ -5,7 +5,7 @@ QEMU, User-Mode Linux, cloud-hypervisor, crosvm, Firecracker or DPDK connects to
 """
 
 from . import config
-from ._core import InflightRecord, Memory, ProtocolFeature, Request, TransportFeature
+from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, Request, TransportFeature
 from .device import Device
 from .errors import (
     AddressInUse,
@@ -35,6 +35,7 @@ __all__ = [
     "Device",
     "DeviceId",
     "DeviceQueue",
+    "DirtyLog",
     "DriverQueue",
     "Event",
     "Frontend",

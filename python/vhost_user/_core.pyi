@@ -329,6 +329,24 @@ class Memory:
         """By which user address the back-end is told of a guest address: that is what SET_VRING_ADDR takes."""
 
 @final
+class DirtyLog:
+    """Which pages of guest memory a device wrote to: a log for :meth:`Frontend.set_log`.
+
+    It reaches to the end of `memories`, or has at least as many `pages` of 4096 bytes, from guest address 0 on.
+    vhost-user specification, "Migration".
+    """
+
+    def __new__(cls, *memories: Memory, pages: int | None = None) -> DirtyLog: ...
+    def take(self) -> list[int]:
+        """Clear the log. Returns the pages that were marked, by number, in order.
+
+        A page that is written to meanwhile is in this answer or in the next one.
+        """
+    @property
+    def pages(self) -> int:
+        """How many pages it has marks for."""
+
+@final
 class Frontend:
     """The driver's end of a session. What is behind `vhost_user.Frontend`."""
 
@@ -346,6 +364,15 @@ class Frontend:
     @property
     def protocol_features(self) -> int:
         """The negotiated ones."""
+    def set_log(self, log: DirtyLog) -> None:
+        """Mark what is written in `log`, and in no other any more."""
+    def set_log_fd(self, fd: int) -> None: ...
+    def log_buffers(self, on: bool) -> None:
+        """Switch LOG_ALL."""
+    def transfer_state(self, save: bool, fd: int) -> int | None:
+        """Returns the descriptor that the back-end wants to use instead, which is the caller's to close."""
+    def check_state(self) -> None:
+        """Wait until the back-end is done with the device's state."""
     def set_driver_ok(self) -> None:
         """Tell the device that the driver is ready, if the back-end wants to know."""
     def set_status(self, status: int) -> None: ...
@@ -426,6 +453,8 @@ class FrontendQueue:
         cls, frontend: Frontend, memory: Memory, index: int, size: int, base: int, indirect: bool
     ) -> FrontendQueue: ...
     def start(self) -> None: ...
+    def log_used(self, on: bool) -> None:
+        """Have writes to the used ring logged, or not; it may run."""
     def enable(self, enable: bool) -> None: ...
     def stop(self) -> int:
         """Take the queue away from the device. Returns the base."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import queues
 from ._core import Backend, BatchHandler, ProtocolFeature, Request, TransportFeature
+from ._state import Transfer
 from .errors import DeclarationError, StateError, VhostUserError
 from .functions import is_coroutine_function
 from .loop import Loop, Timer, Watch
@@ -106,6 +108,7 @@ class Runtime:
         self._once = False
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._transfer: Transfer | None = None
         #: What ended the only connection that there was to be.
         self._failure: Exception | None = None
 
@@ -220,6 +223,10 @@ class Runtime:
                     self._refuse_waiting("the device was stopped")
                     self._listener = None
                     self.address = None
+                    if self._transfer is not None:
+                        self._transfer.cancel()
+                        self._transfer.join(PATIENCE)
+                        self._transfer = None
                     self._attach(None)
                     self.device.on_stop()
             failure, self._failure = self._failure, None
@@ -510,6 +517,26 @@ class Runtime:
     def extension(self, method: str, *arguments: object) -> object:
         """A method of one of the classes in :mod:`vhost_user.extensions`, from which the device is derived."""
         return getattr(self.device, method)(*arguments)
+
+    def begin_transfer(self, saves: bool, fd: int) -> None:
+        if self._transfer is not None and not self._transfer.ended:
+            os.close(fd)
+            raise StateError(f"{self._name} is still busy with the state of the last migration")
+        backend = self.backend
+        # Whatever is called soon makes the loop ask what became of it.
+        self._transfer = Transfer(self.device, saves, fd, lambda: backend.call_soon(lambda: None))
+
+    def transferred(self) -> str | None:
+        transfer = self._transfer
+        if transfer is None or not transfer.ended:
+            return None
+        self._transfer = None
+        transfer.join(PATIENCE)
+        return transfer.failure or ""
+
+    def abandon_transfer(self) -> None:
+        if self._transfer is not None:
+            self._transfer.cancel()
 
     def device_reset(self) -> None:
         self.device.on_reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Self
 
 from . import config
 from ._core import ProtocolFeature
@@ -37,7 +37,8 @@ class Device:
                 request.write(os.urandom(request.writable))
 
     An ``__init__`` of its own need not call this one's. Everything that starts with ``on_`` may be overridden and does
-    nothing by itself. Handlers and hooks run on the thread that serves the device, one at a time.
+    nothing by itself. Handlers and hooks run on the thread that serves the device, one at a time, but for the two that
+    move its state.
     """
 
     #: The virtio device type. Virtio 1.3, section 5.
@@ -245,6 +246,21 @@ class Device:
 
     def on_reset(self) -> None:
         """The driver reset the device."""
+
+    def on_save_state(self, file: BinaryIO) -> None:
+        """The device moves to another process: write what that one has to know to `file`.
+
+        Its queues are not part of it: the front-end moves them. They are all stopped. Nothing is written by default.
+        Called on a thread of its own, so that it may wait for the front-end to read. An exception is logged, and fails
+        the migration, after which this device may go on. vhost-user specification, "Migrating back-end state".
+        """
+
+    def on_load_state(self, file: BinaryIO) -> None:
+        """The device comes from another process: read from `file` what :meth:`on_save_state` wrote there, all of it.
+
+        What comes is no more to be trusted than the front-end: check it before anything changes, never unpickle it.
+        Every queue is stopped. Called on a thread of its own. An exception is logged, and fails the migration.
+        """
 
     def on_reload(self, old_class: type[Device]) -> None:
         """The device has got new code, see :mod:`vhost_user.reload`: bring up to date what it keeps.

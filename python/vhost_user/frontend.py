@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import select
 import socket
 import threading
@@ -22,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from . import _core
-from ._core import InflightRecord, Memory, ProtocolFeature, TransportFeature
+from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, TransportFeature
 from .errors import PeerClosed, PeerTimeout, StateError, VhostUserError
 from .loop import HasFileno
 from .queues import Buffer
@@ -94,6 +95,9 @@ class Frontend:
         self._agreed: tuple[int, ProtocolFeature] | None = None
         self._inflight: InflightRecord | None = None
         self._memories: tuple[Memory, ...] = ()
+        #: The device's own mapping keeps a log that was forgotten here.
+        self._log: DirtyLog | None = None
+        self._log_all = False
         self._queues: dict[int, DriverQueue] = {}
         self._ready = False
         self._open_session = _core.Frontend(connection.detach(), timeout)
@@ -229,7 +233,8 @@ class Frontend:
             for queue in self.queues:
                 queue._survives = True
             self._session.close()
-        features, protocol = self._agreed or (self.features, self.protocol)
+        features, protocol = self._agreed or (self.features & ~TransportFeature.LOG_ALL, self.protocol)
+        self._log, self._log_all = None, False
         if not keep_queues:
             self.close()
             self._inflight = None
@@ -504,6 +509,87 @@ class Frontend:
         """How often the device has asked where an I/O address is."""
         return self._session.iotlb_misses
 
+    # --- Migration --------------------------------------------------------------------------------------------------
+
+    def set_log(self, log: DirtyLog) -> None:
+        """Let the device mark the pages that it writes to in `log`, once :meth:`log_all` says so, and in no other.
+
+        When this returns, what was marked in the log of before is final. It may be swapped while queues run. Needs the
+        protocol feature LOG_SHMFD. vhost-user specification, "Migration".
+        """
+        self._session.set_log(log)
+        self._log = log
+
+    def log_all(self, on: bool = True) -> None:
+        """Let the device mark the pages that it answers requests in, and those of its used rings; or not any more.
+
+        Queues may run meanwhile. A request that is under way is marked when it is completed.
+        """
+        self._session.log_buffers(on)
+        self._log_all = on
+        for queue in self.queues:
+            if queue.running:
+                queue._ring.log_used(on)
+
+    def set_log_fd(self, fd: int) -> None:
+        """Let the device write to an eventfd after it has marked something."""
+        self._session.set_log_fd(fd)
+
+    def save_state(self) -> bytes:
+        """The device's own state, for :meth:`load_state` of a front-end elsewhere. Stop every queue before.
+
+        Needs the protocol feature DEVICE_STATE. vhost-user specification, "Migrating back-end state".
+
+        Raises:
+            ProtocolError: the device could not save it.
+            PeerTimeout: nothing came for :attr:`timeout` seconds. The session goes on.
+        """
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        state = bytearray()
+        with open(reader, "rb", buffering=0) as file:
+            try:
+                own = self._session.transfer_state(True, writer)
+            finally:
+                os.close(writer)
+            if own is not None:
+                os.dup2(own, reader, inheritable=False)
+                os.close(own)
+            while True:
+                if not select.select([file], [], [], self.timeout)[0]:
+                    raise PeerTimeout(f"the device wrote nothing of its state for {self.timeout} s")
+                if not (data := file.read(1 << 16)):
+                    break
+                state += data
+        self._session.check_state()
+        return bytes(state)
+
+    def load_state(self, state: Buffer) -> None:
+        """Give the device a state that :meth:`save_state` returned. Stop every queue before.
+
+        Raises:
+            ProtocolError: the device does not take it.
+            PeerTimeout: the device read nothing for :attr:`timeout` seconds. The session goes on.
+        """
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with open(writer, "wb", buffering=0) as file:
+            try:
+                own = self._session.transfer_state(False, reader)
+            finally:
+                os.close(reader)
+            if own is not None:
+                os.dup2(own, writer, inheritable=False)
+                os.close(own)
+            self._write_state(file.fileno(), memoryview(state).cast("B"))
+        self._session.check_state()
+
+    def _write_state(self, fd: int, state: memoryview) -> None:
+        # A device that closes its end early says why when it is asked.
+        with contextlib.suppress(BrokenPipeError):
+            while state:
+                if not select.select([], [fd], [], self.timeout)[1]:
+                    raise PeerTimeout(f"the device read nothing of its state for {self.timeout} s")
+                state = state[os.write(fd, state[: select.PIPE_BUF]) :]
+
     # --- Queues -----------------------------------------------------------------------------------------------------
 
     def queue(
@@ -521,7 +607,7 @@ class Frontend:
         """
         queue = self._make_queue(index, size, base, indirect)
         if start:
-            queue.start()
+            self._start(queue)
             self._set_ready()
         return queue
 
@@ -529,7 +615,7 @@ class Frontend:
         """Make and start the queues 0 to `count` - 1."""
         queues = [self._make_queue(index, size, 0, True) for index in range(count)]
         for queue in queues:
-            queue.start()
+            self._start(queue)
         self._set_ready()
         return queues
 
@@ -552,6 +638,11 @@ class Frontend:
         queue = self._queues[index] = DriverQueue(core, index, size, self.timeout)
         queue._survives = self._inflight is not None
         return queue
+
+    def _start(self, queue: DriverQueue) -> None:
+        queue.start()
+        if self._log_all:
+            queue._ring.log_used(True)
 
     def _set_ready(self) -> None:
         if not self._ready:

@@ -12,6 +12,7 @@ A command is one more line of that script; its exit status and what it printed c
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import select
@@ -29,7 +30,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 __all__ = ["CommandFailed", "CommandTimeout", "GuestError", "GuestNotFound", "Qemu", "Result", "Uml", "find_kernel"]
 
@@ -382,11 +383,81 @@ class Qemu(Guest):
         self.reconnect = reconnect
         self.iommu = iommu
         self.files = files
+        self._monitor_path: Path | None = None
+        self._waits_for_guest = False
+
+    def monitor(self, command: str, **arguments: object) -> Any:
+        """Execute a command of the QEMU Machine Protocol, and return its result.
+
+            guest.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+
+        Raises:
+            GuestError: QEMU refused the command, or is gone.
+        """
+        if self._machine is None or self._monitor_path is None:
+            raise GuestError("the guest is not running: start it first")
+        return _execute(self._monitor_path, command, arguments)
+
+    def receiver(self, devices: Sequence[tuple[StrPath, int] | tuple[StrPath, int, str]]) -> Self:
+        """Another QEMU like this one, with `devices` instead, for the guest to migrate to: :meth:`start` boots nothing.
+
+        They have to be of the same types, in the same order.
+        """
+        other = type(self)(
+            devices,
+            memory=self.memory,
+            cpus=self.cpus,
+            reconnect=self.reconnect,
+            files=self.files,
+            extra_args=self.extra_args,
+            boot_timeout=self.boot_timeout,
+        )
+        other._waits_for_guest = True
+        return other
+
+    def migrate(self, to: Self, during: Callable[[], object] = lambda: None, *, timeout: float = 60) -> None:
+        """Move the guest to another QEMU, which :meth:`receiver` made: its commands run there afterwards.
+
+        `during` is called once all of the guest's memory was sent for the first time. What changes meanwhile is sent
+        again; but a guest that does nothing for a moment may be gone before it returns: run no commands there.
+
+        Raises:
+            GuestError: QEMU gave up, with its reason, or is not done within `timeout` seconds.
+        """
+        assert to._monitor_path is not None
+        address = f"unix:{to._monitor_path.parent}/guest"
+        to.monitor("migrate-incoming", uri=address)
+        # So little time for what is left that there is always more, while a guest does anything.
+        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 0})
+        self.monitor("migrate", uri=address)
+        deadline = time.monotonic() + timeout
+        self._wait_for_migration(lambda state: state.get("ram", {}).get("dirty-sync-count", 0) > 1, deadline)
+        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 16})
+        during()
+        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 2000})
+        self._wait_for_migration(lambda state: state["status"] == "completed", deadline)
+        while to.monitor("query-status")["status"] != "running":
+            time.sleep(0.01)
+
+    def _wait_for_migration(self, reached: Callable[[dict[str, Any]], bool], deadline: float) -> None:
+        while not reached(state := self.monitor("query-migrate")):
+            if state.get("status") in ("failed", "cancelled") or time.monotonic() > deadline:
+                raise GuestError(f"the guest did not migrate: {json.dumps(state)}")
+            time.sleep(0.01)
+
+    def start(self) -> Self:
+        if not self._waits_for_guest:
+            return super().start()
+        self._machine = _Machine(self._command_line)
+        return self
 
     def _command_line(self, channel: int, directory: Path) -> list[str]:
         files = Path(self.files) if self.files else _newest_build("qemu-*/vmlinuz").parent
+        self._monitor_path = directory / "monitor"
         command = [
             f"{files}/qemu-system-x86_64",
+            *("-qmp", f"unix:{self._monitor_path},server=on,wait=off"),
+            *(("-incoming", "defer") if self._waits_for_guest else ()),
             *("-nodefaults", "-no-user-config", "-display", "none"),
             *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus)),
             # A vhost-user device maps the guest's memory: it has to be a file that can be shared.
@@ -418,6 +489,32 @@ class Qemu(Guest):
             # A legacy driver of a disk would not know of it.
             model = model.replace("blk-pci", "blk-pci-non-transitional")
         return ["-chardev", chardev, "-device", ",".join(filter(None, [model, f"chardev={name}", behind, properties]))]
+
+
+def _execute(path: Path, command: str, arguments: dict[str, object]) -> Any:
+    """Have the QEMU whose monitor listens at `path` execute a command. It speaks in lines of JSON."""
+    deadline = time.monotonic() + 30
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(30)
+        # QEMU needs a moment to listen.
+        while connection.connect_ex(str(path)):
+            if time.monotonic() > deadline:
+                raise GuestError(f"QEMU does not listen at {path}: it ended, or did not start")
+            time.sleep(0.01)
+        with connection.makefile("rw") as lines:
+            try:
+                for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                    lines.write(json.dumps(request) + "\n")
+                    lines.flush()
+                    answer: dict[str, Any] = {}
+                    # It introduces itself, and tells of events.
+                    while not {"return", "error"} & answer.keys():
+                        answer = json.loads(lines.readline() or '{"error": {"desc": "it ended"}}')
+            except OSError as error:
+                raise GuestError(f"QEMU does not answer to {command}: {error}") from None
+    if "error" in answer:
+        raise GuestError(f"QEMU refused {command}: {answer['error']['desc']}")
+    return answer["return"]
 
 
 class _Machine:

@@ -8,6 +8,7 @@
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
+//! | `device_state` | the device's own state on its way to another back-end, or from one |
 //! | `extensions` | messages that only some devices take |
 //! | `complaints` | how many warnings a peer is worth |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
@@ -17,6 +18,7 @@
 mod channel;
 mod complaints;
 mod config;
+mod device_state;
 mod event_loop;
 mod extensions;
 mod notification;
@@ -26,6 +28,7 @@ mod vring;
 
 pub use channel::{Channel, Granted, Notification, Then};
 pub use config::ConfigSpace;
+pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;
 pub use session::{Flow, Hooks, Profile, Session};

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::channel::{Channel, Granted};
 use super::complaints::Complaints;
 use super::config::ConfigSpace;
+use super::device_state::{Direction, Transfer};
 use super::event_loop::{EventLoop, Interest, Token};
 use super::extensions::{Extensions, mac_of, mtu_of};
 use super::notification::{Call, Kick};
@@ -39,7 +40,7 @@ const END_DEADLINE: Duration = Duration::from_secs(5);
 const BATCH: usize = 64;
 
 /// How often somebody is told that GET_VRING_BASE is still waiting.
-const DRAIN_REMINDER: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_REMINDER: Duration = Duration::from_secs(5);
 
 /// Regions that ADD_MEM_REG may add up to: what libvhost-user answers, and QEMU's own limit nearly.
 const MAX_MEMORY_SLOTS: usize = 509;
@@ -86,6 +87,7 @@ impl Profile {
             | ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS
             | ProtocolFeatures::STATUS
+            | ProtocolFeatures::DEVICE_STATE
             | ProtocolFeatures::GPA_ADDRESSES
             | ProtocolFeatures::INFLIGHT_SHMFD
             | ProtocolFeatures::GET_VRING_BASE_INFLIGHT
@@ -115,6 +117,17 @@ pub trait Hooks: Extensions {
     fn config_written(&mut self, offset: u32, bytes: &[u8]) -> Result<(), String>;
     /// The driver reset the device.
     fn device_reset(&mut self);
+    /// SET_DEVICE_STATE_FD: begin to write the device's state to `file`, or to read it from there, on another thread,
+    /// which wakes the loop at the end. An error refuses the message.
+    fn begin_transfer(&mut self, _direction: Direction, _file: OwnedFd) -> Result<(), String> {
+        Err("the device has no state to move".to_owned())
+    }
+    /// What became of the transfer that was begun, once it is over.
+    fn transferred(&mut self) -> Option<Result<(), String>> {
+        None
+    }
+    /// Nobody waits for the transfer any more: it should end soon.
+    fn abandon_transfer(&mut self) {}
 }
 
 /// Whether a session goes on.
@@ -127,7 +140,7 @@ pub enum Flow {
 
 /// What is to be done when requests in flight are finished.
 #[derive(Debug)]
-enum Then {
+pub(super) enum Then {
     ReplyVringBase {
         request: FrontendRequest,
         queue: u16,
@@ -143,16 +156,18 @@ enum Then {
     },
     /// Of an IOTLB_MSG that took back a range.
     Unmapped(IovaRange),
+    /// The answer to CHECK_DEVICE_STATE.
+    ReplyTransfer,
     End(Option<Error>),
 }
 
 #[derive(Debug)]
-struct Waiting {
-    queues: Vec<u16>,
-    since: Instant,
-    deadline: Option<Instant>,
-    timer: u64,
-    then: Then,
+pub(super) struct Waiting {
+    pub(super) queues: Vec<u16>,
+    pub(super) since: Instant,
+    pub(super) deadline: Option<Instant>,
+    pub(super) timer: u64,
+    pub(super) then: Then,
 }
 
 /// A front-end that does not read what we say: nothing more is read from it until it does.
@@ -170,16 +185,17 @@ pub struct Session {
     vrings: Arc<[Arc<Vring>]>,
     config: Arc<ConfigSpace>,
     channel: Arc<Channel>,
-    events: Arc<EventLoop>,
+    pub(super) events: Arc<EventLoop>,
     memory: Arc<Snapshot>,
     logging: Logging,
     inflight: Option<InflightBuffer>,
+    pub(super) transfer: Transfer,
     features: Option<VirtioFeatures>,
     protocol_features: ProtocolFeatures,
     status: u8,
     /// Which queues the device was told of as started.
     started: Vec<bool>,
-    waiting: Option<Waiting>,
+    pub(super) waiting: Option<Waiting>,
     stalled: Option<Stalled>,
     /// Queues that were started and should be looked at without waiting for a kick.
     ready: VecDeque<u16>,
@@ -212,6 +228,7 @@ impl Session {
             memory: Arc::default(),
             logging: Logging::default(),
             inflight: None,
+            transfer: Transfer::default(),
             features: None,
             protocol_features: ProtocolFeatures::default(),
             status: 0,
@@ -233,6 +250,10 @@ impl Session {
             Ok(true) => self.unstall(),
             Ok(false) => return Ok(Flow::Continue),
             Err(error) => return self.end(hooks, Some(error)),
+        }
+        // Nothing is read while the front-end waits for an answer. It is told of here that nobody waits any more.
+        if self.waiting.is_some() && self.connection.is_hung_up() {
+            return self.end(hooks, None);
         }
         for _ in 0..BATCH {
             if self.waiting.is_some() || self.stalled.is_some() {
@@ -266,14 +287,16 @@ impl Session {
         if let Some(complaint) = self.logging.log.as_ref().and_then(|log| log.complaint()) {
             log::error!("{complaint}");
         }
+        self.look_at_transfer(hooks);
         let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };
+        let transferring = matches!(waiting.then, Then::ReplyTransfer) && self.is_transferring();
         let is_idle = |queue| match waiting.then {
             Then::Unmapped(range) => self.vring(queue).is_released(range),
             _ => self.vring(queue).drain(),
         };
         let busy: Vec<u16> = waiting.queues.iter().copied().filter(|queue| !is_idle(*queue)).collect();
         let now = Instant::now();
-        if !busy.is_empty() && waiting.deadline.is_none_or(|deadline| now < deadline) {
+        if (transferring || !busy.is_empty()) && waiting.deadline.is_none_or(|deadline| now < deadline) {
             if waiting.deadline.is_none() && now - waiting.since >= DRAIN_REMINDER {
                 self.remind(now);
             }
@@ -587,6 +610,8 @@ impl Session {
             M::SetLogBase(_) => {
                 return Err(refuse("a log that is not shared cannot be written to; negotiate LOG_SHMFD".to_owned()));
             }
+            M::SetDeviceStateFd(state) => return self.begin_transfer(state, files.swap_remove(0), hooks),
+            M::CheckDeviceState(Empty) => return self.check_transfer(),
             M::SetLogFd(_) => {
                 let call = files.pop().map(|descriptor| Arc::new(Call::new(descriptor)));
                 self.set_logging(Logging { call, ..self.logging.clone() });
@@ -849,6 +874,7 @@ impl Session {
                 self.acknowledge(request, need_reply, 0)
             }
             Then::Unmapped(_) => self.reply(FrontendRequest::IotlbMsg, U64(0)).map(drop),
+            Then::ReplyTransfer => self.answer_check().map(drop),
             Then::End(_) => Ok(()),
         }
     }
@@ -862,6 +888,7 @@ impl Session {
             self.events.cancel_timer(waiting.timer);
         }
         self.unstall();
+        self.abandon_transfer(hooks);
         self.events.forget(&self.connection);
         let queues = self.active_queues();
         for queue in self.all_queues() {
@@ -903,7 +930,7 @@ impl Session {
     }
 
     /// Nothing is read from the front-end while it waits for us, or we for it.
-    fn watch_connection(&self) {
+    pub(super) fn watch_connection(&self) {
         let writable = self.stalled.is_some();
         let interest = Interest { readable: self.waiting.is_none() && !writable, writable };
         if let Err(error) = self.events.change(&self.connection, Token::Session, interest) {
@@ -914,9 +941,11 @@ impl Session {
     // --- Rings ------------------------------------------------------------------------------------------------------
 
     /// Start what can be started, and tell the device what became of its queues.
-    fn settle(&mut self, hooks: &mut dyn Hooks) {
+    pub(super) fn settle(&mut self, hooks: &mut dyn Hooks) {
         for queue in self.all_queues() {
-            if let Err(error) = self.vring(queue).try_start(&self.memory) {
+            if !self.is_transferring()
+                && let Err(error) = self.vring(queue).try_start(&self.memory)
+            {
                 hooks.queue_broke(queue, &error);
             }
             let active = self.vring(queue).is_active();
@@ -933,7 +962,12 @@ impl Session {
 
     /// While every ring is stopped, nothing is sent to the front-end.
     fn suspend_channel(&self) {
-        self.channel.set_suspended(!self.vrings.iter().any(|vring| vring.is_started()));
+        self.channel.set_suspended(self.started_queue().is_none());
+    }
+
+    /// A queue that the front-end has started, and not stopped.
+    pub(super) fn started_queue(&self) -> Option<u16> {
+        self.vrings.iter().find(|vring| vring.is_started()).map(|vring| vring.index())
     }
 
     fn tell_channel(&self) {
@@ -1012,6 +1046,10 @@ impl Session {
         if request == FrontendRequest::GetConfig {
             self.complaints.warn(error);
             return self.reply(request, Empty).map(drop);
+        }
+        if request == FrontendRequest::SetDeviceStateFd {
+            self.complaints.warn(format_args!("refused: {error}"));
+            return self.refuse_transfer().map(drop);
         }
         if request == FrontendRequest::IotlbMsg {
             self.complaints.warn(format_args!("refused: {error}"));

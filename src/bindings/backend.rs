@@ -16,8 +16,8 @@ use super::errors::{self, to_python};
 use super::extensions::duplicate;
 use super::request::{Request, Source};
 use crate::backend::{
-    Channel, ConfigSpace, Event, EventLoop, Flow, Granted, Hooks, Interest, Profile, Run, Session, Taken, Token, Vring,
-    VringStatus,
+    Channel, ConfigSpace, Direction, Event, EventLoop, Flow, Granted, Hooks, Interest, Profile, Run, Session, Taken,
+    Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
 use crate::protocol::{BackendMessage, BackendRequest, ProtocolFeatures, ShmemConfig, VirtioFeatures};
@@ -832,6 +832,24 @@ impl Hooks for Turn<'_, '_> {
 
     fn device_reset(&mut self) {
         self.tell("device_reset", ());
+    }
+
+    fn begin_transfer(&mut self, direction: Direction, file: OwnedFd) -> Result<(), String> {
+        // The first thing that is done there is to keep it from being lost.
+        let arguments = (direction == Direction::Save, file.into_raw_fd());
+        self.ask("begin_transfer", arguments, |_| Ok(()))
+    }
+
+    fn transferred(&mut self) -> Option<Result<(), String>> {
+        match self.ask("transferred", (), |failure| failure.extract::<Option<String>>()) {
+            Ok(None) => None,
+            Ok(Some(failure)) if failure.is_empty() => Some(Ok(())),
+            Ok(Some(failure)) | Err(failure) => Some(Err(failure)),
+        }
+    }
+
+    fn abandon_transfer(&mut self) {
+        self.tell("abandon_transfer", ());
     }
 }
 

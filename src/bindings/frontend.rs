@@ -254,6 +254,30 @@ impl Frontend {
         Ok(answer.map(|reply| PyBytes::new(py, &reply.payload)))
     }
 
+    fn set_log(&self, py: Python<'_>, log: &DirtyLog) -> PyResult<()> {
+        self.run(py, || self.core.set_log(&log.core))
+    }
+
+    fn set_log_fd(&self, py: Python<'_>, fd: i32) -> PyResult<()> {
+        let event = borrowed(&fd)?;
+        self.run(py, || self.core.set_log_descriptor(event))
+    }
+
+    fn log_buffers(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.run(py, || self.core.log_buffers(on))
+    }
+
+    /// Returns the descriptor that the back-end wants to use instead, which is the caller's to close.
+    fn transfer_state(&self, py: Python<'_>, save: bool, fd: i32) -> PyResult<Option<i32>> {
+        let file = borrowed(&fd)?;
+        let own = self.run(py, || self.core.transfer_state(save, file))?;
+        Ok(own.map(IntoRawFd::into_raw_fd))
+    }
+
+    fn check_state(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, || self.core.check_state())
+    }
+
     /// End the session: whoever waits is told.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.core.close());
@@ -380,6 +404,41 @@ impl InflightRecord {
     }
 }
 
+/// Which pages of guest memory a back-end wrote to.
+#[pyclass(frozen, module = "vhost_user")]
+#[derive(Debug)]
+pub struct DirtyLog {
+    core: frontend::DirtyLog,
+}
+
+#[pymethods]
+impl DirtyLog {
+    #[new]
+    #[pyo3(signature = (*memories, pages = None))]
+    fn new(py: Python<'_>, memories: Vec<Py<Memory>>, pages: Option<u64>) -> PyResult<Self> {
+        let memories: Vec<_> = memories.iter().map(|memory| Arc::clone(&memory.get().core)).collect();
+        let core = match pages {
+            Some(pages) if memories.is_empty() => frontend::DirtyLog::new(pages),
+            None if !memories.is_empty() => frontend::DirtyLog::of(&memories),
+            _ => return Err(PyValueError::new_err("a log is for memories, or has a number of pages")),
+        };
+        Ok(Self { core: core.map_err(|error| to_python(py, error))? })
+    }
+
+    fn take(&self) -> Vec<u64> {
+        self.core.take()
+    }
+
+    #[getter]
+    fn pages(&self) -> u64 {
+        self.core.pages()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<DirtyLog of {} pages>", self.core.pages())
+    }
+}
+
 /// The driver's end of one queue.
 #[pyclass(frozen, module = "vhost_user._core")]
 #[derive(Debug)]
@@ -408,6 +467,10 @@ impl FrontendQueue {
 
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         self.frontend(py).get().run(py, || self.core.start())
+    }
+
+    fn log_used(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.frontend(py).get().run(py, || self.core.log_used(on))
     }
 
     fn enable(&self, py: Python<'_>, enable: bool) -> PyResult<()> {
@@ -516,6 +579,14 @@ pub fn add_tables(module: &Bound<'_, PyModule>) -> PyResult<()> {
     }
     module.add("IO_OFFSET", frontend::IO_OFFSET)?;
     module.add("REQUESTS", requests)
+}
+
+fn borrowed(number: &i32) -> PyResult<BorrowedFd<'_>> {
+    if *number < 0 {
+        return Err(PyValueError::new_err("a file descriptor is not negative"));
+    }
+    // SAFETY: the caller keeps it open during the call; one that is not open makes sendmsg fail.
+    Ok(unsafe { BorrowedFd::borrow_raw(*number) })
 }
 
 fn deadline(seconds: f64) -> Instant {

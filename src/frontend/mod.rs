@@ -5,6 +5,7 @@
 //! | `extensions` | messages that only some devices take |
 //! | `session` | one connection: requests, their answers, and what the back-end asks meanwhile |
 //! | `memory` | guest memory that this process makes, and what is free of it |
+//! | `log` | which pages of that memory a back-end wrote to |
 //! | `queue` | one ring with its notifications and the requests that are under way |
 //! | `iommu` | what a device is told of I/O addresses |
 //! | `load` | the same request again and again on such rings, and how long each took |
@@ -16,6 +17,7 @@
 mod extensions;
 mod iommu;
 mod load;
+mod log;
 mod memory;
 mod queue;
 mod session;
@@ -23,6 +25,7 @@ mod windows;
 
 pub use iommu::IO_OFFSET;
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
+pub use log::DirtyLog;
 pub use memory::{Allocation, Memory};
 pub use queue::{Completion, Queue, QueueOptions};
 pub use session::{Event, Frontend, InflightRecord, Offer, Reply};

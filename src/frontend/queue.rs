@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -78,6 +79,8 @@ pub struct Queue {
     kick: OwnedFd,
     call: OwnedFd,
     error: OwnedFd,
+    /// Whether the device is to log what it writes to the ring.
+    logged: AtomicBool,
     state: Mutex<State>,
     /// Somebody looked at what the device gave back, or stopped waiting for it.
     looked: Condvar,
@@ -153,6 +156,7 @@ impl Queue {
             kick: event()?,
             call: event()?,
             error: event()?,
+            logged: AtomicBool::new(false),
             state: Mutex::new(State {
                 ring,
                 _memory: ring_memory,
@@ -175,14 +179,12 @@ impl Queue {
             let state = lock(&self.state);
             (state.ring.size(), state.ring.base())
         };
-        let RingAddresses { descriptors, avail, used } = self.addresses;
         let with = VringDescriptor::new(self.index, true);
         let frontend = self.frontend();
-        let [descriptors, avail, used] = [descriptors, avail, used].map(|address| frontend.told_ring_address(address));
         let tell = |message, descriptors: &[_]| frontend.tell(&message, descriptors);
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
         tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
-        tell(FrontendMessage::SetVringAddr(VringAddress { index, flags: 0, descriptors, used, avail, log: 0 }), &[])?;
+        self.set_addresses()?;
         if self.in_band {
             let again = |event: &OwnedFd| {
                 event.try_clone().map_err(|source| Error::Os { context: "dup of an eventfd".to_owned(), source })
@@ -196,6 +198,22 @@ impl Queue {
         // It starts the ring in-band, and with older back-ends.
         self.kick()?;
         if frontend.features().contains(VirtioFeatures::PROTOCOL_FEATURES) { self.enable(true) } else { Ok(()) }
+    }
+
+    /// Let the device mark pages that it writes to as it works on the ring, or not. It may run.
+    pub fn log_used(&self, on: bool) -> Result<(), Error> {
+        self.logged.store(on, Ordering::Relaxed);
+        self.set_addresses()
+    }
+
+    fn set_addresses(&self) -> Result<(), Error> {
+        let frontend = self.frontend();
+        let RingAddresses { descriptors, avail, used } = self.addresses;
+        let logged = self.logged.load(Ordering::Relaxed);
+        let (flags, log) = if logged { (VringAddress::LOG_USED, used - frontend.ring_address(0)) } else { (0, 0) };
+        let [descriptors, avail, used] = [descriptors, avail, used].map(|address| frontend.told_ring_address(address));
+        let address = VringAddress { index: self.index.into(), flags, descriptors, used, avail, log };
+        frontend.tell(&FrontendMessage::SetVringAddr(address), &[])
     }
 
     /// Let the device work on the ring, or not. Only a session with protocol features has this.

@@ -13,12 +13,13 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, so
 
 use super::iommu::{IO_OFFSET, Iommu, Question};
 use super::windows::Windows;
-use super::{Memory, lock};
+use super::{DirtyLog, Memory, lock};
 use crate::error::Error;
 use crate::memory::{IovaRange, Permission, Snapshot};
 use crate::protocol::{
-    Answer, BackendMessage, BackendRequest, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Inflight,
-    Iotlb, MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64, VirtioFeatures,
+    Answer, BackendMessage, BackendRequest, Config, DeviceState, Empty, Flags, FrontendMessage, FrontendRequest, Gate,
+    Ignored, Inflight, Iotlb, LogBase, MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64,
+    VirtioFeatures,
 };
 use crate::transport::{Connection, Frame, Received};
 
@@ -155,7 +156,9 @@ impl Frontend {
             | ProtocolFeatures::BACKEND_SEND_FD.0
             | ProtocolFeatures::HOST_NOTIFIER.0
             | ProtocolFeatures::SHARED_OBJECT.0
-            | ProtocolFeatures::SHMEM.0,
+            | ProtocolFeatures::SHMEM.0
+            | ProtocolFeatures::LOG_SHMFD.0
+            | ProtocolFeatures::DEVICE_STATE.0,
     );
 
     /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.
@@ -519,6 +522,59 @@ impl Frontend {
     }
 
     // --- Events -----------------------------------------------------------------------------------------------------
+
+    /// Let the back-end mark pages in `log` from now on, and in no other: when this returns, the log of before is final.
+    pub fn set_log(&self, log: &DirtyLog) -> Result<(), Error> {
+        if !self.protocol_features().contains(ProtocolFeatures::LOG_SHMFD) {
+            return Err(Error::State("a dirty log needs LOG_SHMFD, which was not negotiated".to_owned()));
+        }
+        let (description, file) = log.description();
+        // What is in the answer, back-ends disagree on.
+        self.exchange(&FrontendMessage::SetLogBase(LogBase::Shared(description)), &[file]).map(drop)
+    }
+
+    /// Let the back-end write to an eventfd after it has marked something.
+    pub fn set_log_descriptor(&self, event: BorrowedFd<'_>) -> Result<(), Error> {
+        self.tell(&FrontendMessage::SetLogFd(Ignored), &[event])
+    }
+
+    /// LOG_ALL: whether pages are marked that requests are answered in. It may change while queues run.
+    pub fn log_buffers(&self, on: bool) -> Result<(), Error> {
+        let features = self.features().without(VirtioFeatures::LOG_ALL);
+        let features = if on { features | VirtioFeatures::LOG_ALL } else { features };
+        self.tell(&FrontendMessage::SetFeatures(U64(features.0)), &[])?;
+        self.features.store(features.0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Let the back-end write the device's state to `file`, or read it from there, while every queue is stopped. Returns
+    /// the descriptor that the back-end wants to use instead, if it has one.
+    pub fn transfer_state(&self, save: bool, file: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Error> {
+        let state = DeviceState { direction: u32::from(!save), phase: 0 };
+        let message = FrontendMessage::SetDeviceStateFd(state);
+        let (U64(answer), own) = self.ask_for_file::<U64>(&message, &[file])?;
+        let (error, no_descriptor) = (answer & 0xff, answer & 0x100 != 0);
+        if error != 0 {
+            let reason = format!("the back-end refused it with {error:#x}");
+            return Err(Error::Refused { message: message.request().name(), reason });
+        }
+        if own.is_some() == no_descriptor {
+            return Err(self.give_up(&message, &format!("the answer {answer:#x} contradicts its descriptors")));
+        }
+        Ok(own)
+    }
+
+    /// Wait until the back-end is done with the device's state.
+    pub fn check_state(&self) -> Result<(), Error> {
+        let message = FrontendMessage::CheckDeviceState(Empty);
+        match self.ask::<U64>(&message)? {
+            U64(0) => Ok(()),
+            U64(code) => Err(Error::Refused {
+                message: message.request().name(),
+                reason: format!("the back-end failed with {code:#x}"),
+            }),
+        }
+    }
 
     /// The next event, waiting for it until `deadline`. None if there was none.
     pub fn next_event(&self, deadline: Instant) -> Result<Option<Event>, Error> {

@@ -87,6 +87,14 @@ impl Connection {
         })
     }
 
+    /// Whether the peer is gone. What it sent before may still be there.
+    #[must_use]
+    pub fn is_hung_up(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut ends = [PollFd::new(&self.socket, PollFlags::empty())];
+        poll(&mut ends, Some(&now)).is_ok() && ends[0].revents().contains(PollFlags::HUP)
+    }
+
     /// Read what is there, without waiting.
     pub fn try_receive(&mut self) -> Result<Received, Error> {
         loop {

@@ -21,6 +21,7 @@ import os
 import stat
 import struct
 import weakref
+from typing import BinaryIO
 
 from .. import config
 from .._core import Request, transfer_blocks
@@ -246,6 +247,16 @@ class Blk(Device, device_id=DeviceId.BLOCK):
     def on_request_error(self, request: Request, error: BaseException) -> None:
         if request.writable:
             request.write_tail(S_IOERR)
+
+    def on_save_state(self, file: BinaryIO) -> None:
+        file.write(bytes([self.wce]))
+
+    def on_load_state(self, file: BinaryIO) -> None:
+        state = file.read(2)
+        if state not in (b"\0", b"\1"):
+            raise ValueError(f"the state of a disk is a byte, 0 or 1, not {state!r}")
+        if state[0] != self.wce:
+            self.wce = state[0]
 
     @wce.on_write
     def _change_cache(self, old: int, new: int) -> None:
