@@ -13,7 +13,7 @@ from typing import TextIO
 
 from .._core import Memory, ProtocolFeature
 from ..device import Device
-from ..errors import ProtocolError, VhostUserError
+from ..errors import PeerClosed, ProtocolError, VhostUserError
 from ..frontend import TIMEOUT, Frontend
 from ..server import Server
 
@@ -76,8 +76,9 @@ def connect(
 
 
 def _stop(server: Server) -> None:
-    # Who breaks the protocol on purpose knows how the connection ended.
-    with contextlib.suppress(ProtocolError):
+    # Who breaks the protocol on purpose knows how the connection ended; and a device that is waited for may answer a
+    # driver that has just gone.
+    with contextlib.suppress(ProtocolError, PeerClosed):
         server.stop()
 
 
