@@ -173,6 +173,8 @@ class Backend:
     @property
     def busy(self) -> bool:
         """Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of."""
+    @property
+    def settled(self) -> bool: ...
     def fileno(self) -> int:
         """The loop's own descriptor: readable while :meth:`dispatch` has something to do."""
     def stop(self) -> None:

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import queues
 from ._core import Backend, BatchHandler, ProtocolFeature, Request, TransportFeature
@@ -90,6 +90,16 @@ class ConfigStorage:
             self._backend.config_changed()
 
 
+class Conductor(Protocol):
+    """Lets a device live in a time of its own."""
+
+    def loop(self, backend: Backend) -> Loop: ...
+
+    def postpones(self, index: int) -> bool:
+        """Whether what is available on a queue is to be looked at later."""
+        ...
+
+
 class Runtime:
     """Everything of a device that is not its author's business."""
 
@@ -109,6 +119,8 @@ class Runtime:
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._transfer: Transfer | None = None
+        #: Who decides when this device does something, if it is not the device's own thread.
+        self.conductor: Conductor | None = None
         #: What ended the only connection that there was to be.
         self._failure: Exception | None = None
 
@@ -127,7 +139,7 @@ class Runtime:
     def loop(self) -> Loop:
         if self._backend is None:
             raise StateError(f"{self._name} is not served: use its loop from on_start() on")
-        return Loop(self._backend)
+        return self.conductor.loop(self._backend) if self.conductor else Loop(self._backend)
 
     @property
     def connected(self) -> bool:
@@ -480,6 +492,8 @@ class Runtime:
         self.device.on_queue_error(self.queues[index], error)
 
     def buffers_available(self, index: int) -> None:
+        if self.conductor and self.conductor.postpones(index):
+            return
         queue = self.queues[index]
         queue._on_buffers()
         self.device.on_buffers(queue)

@@ -42,9 +42,9 @@ StrPath = str | os.PathLike[str]
 # of its own, which takes a third of the time of starting programs.
 _GREETING = b"\nthe guest listens\n"
 _LISTEN = (
-    "/bin/busybox mount -t proc proc /proc; exec </dev/ttyS1 3>/dev/ttyS1; stty raw -echo; "
+    "/bin/busybox mount -t proc proc /proc; exec <{line} 3>{line}; stty raw -echo; "
     f"printf '\\n{_GREETING.decode().strip()}\\n' >&3; "
-    "sh /dev/ttyS1; poweroff -f"
+    "sh {line}; poweroff -f"
 )
 
 # The first thing that it is told.
@@ -134,6 +134,9 @@ def find_kernel() -> Path:
 class Guest(ABC):
     """What `Uml` and `Qemu` share: a life, and a shell to run commands in. Goes in a ``with``, or `start` it."""
 
+    #: The terminal that the guest's shell reads its script from.
+    _LINE: ClassVar = "/dev/ttyS1"
+
     def __init__(self, extra_args: Sequence[str], boot_timeout: float) -> None:
         self.extra_args = list(extra_args)
         self.boot_timeout = boot_timeout
@@ -145,6 +148,10 @@ class Guest(ABC):
     def _command_line(self, channel: int, directory: Path) -> list[str]:
         """Starts the guest with the descriptor `channel` as /dev/ttyS1; `directory` is for files that die with it."""
 
+    def _wait(self, machine: _Machine, descriptor: int, deadline: float) -> None:
+        """Called before somebody waits until `deadline` for `descriptor` to become readable."""
+        return
+
     def start(self) -> Self:
         """Boot, and return once the guest takes commands.
 
@@ -154,7 +161,7 @@ class Guest(ABC):
         """
         if self._machine:
             raise GuestError("the guest is already running: stop it first")
-        self._machine = _Machine(self._command_line)
+        self._machine = _Machine(self._command_line, self._wait)
         try:
             self._machine.greet(self.boot_timeout)
         except BaseException:
@@ -185,7 +192,7 @@ class Guest(ABC):
         seconds = 0 if timeout is None else max(math.ceil(timeout), 1)
         with self._lock:
             machine = self._idle_machine()
-            started = time.monotonic()
+            started = self._now()
             # The guest keeps the deadline, so that it outlives the command. Only a command that cannot be killed, since
             # a driver waits for its device, makes us lose patience with the guest.
             machine.expect(f"running {command!r}", within=seconds + 10 if seconds else math.inf)
@@ -194,7 +201,7 @@ class Guest(ABC):
                 machine.read_until(b"\n")
             machine.send(f"run {seconds}\n".encode())
             status, out, err = machine.read_numbers(3)
-            late = status == 128 + signal.SIGKILL and 0 < seconds <= time.monotonic() - started
+            late = status == 128 + signal.SIGKILL and 0 < seconds <= self._now() - started
             result = Result(command, status, machine.read_file(".stdout", out), machine.read_file(".stderr", err))
             machine.doing = ""
         if late:
@@ -254,6 +261,13 @@ class Guest(ABC):
     ) -> None:
         self.stop()
 
+    def _now(self) -> float:
+        """Seconds, as the guest counts them."""
+        return time.monotonic()
+
+    def _listen(self) -> str:
+        return _LISTEN.format(line=self._LINE)
+
     def _idle_machine(self) -> _Machine:
         if self._machine is None:
             raise GuestError("the guest is not running: start it first")
@@ -308,15 +322,18 @@ class Uml(Guest):
             "con0=null,fd:2",
             "ssl=null",
             "seccomp=auto",  # twice as fast as ptrace
-            f"ssl1=fd:{channel}",
+            *self._channel_parameters(channel),
             *(self._parameter(*device) for device in self.devices),
             *self.extra_args,
             "init=/bin/busybox",
             "--",
             "sh",
             "-c",
-            f'"{_LISTEN}"',
+            f'"{self._listen()}"',
         ]
+
+    def _channel_parameters(self, channel: int) -> list[str]:
+        return [f"ssl1=fd:{channel}"]
 
     @staticmethod
     def _parameter(path: StrPath, device_id: int, platform_id: int | None = None) -> str:
@@ -464,7 +481,7 @@ class Qemu(Guest):
             *("-m", self.memory),
             *("-object", f"memory-backend-memfd,id=memory,size={self.memory},share=on", "-numa", "node,memdev=memory"),
             *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initramfs"),
-            *("-append", f'console=ttyS0 {self._IOMMU_PARAMETERS if self.iommu else ""} -- sh -c "{_LISTEN}"'),
+            *("-append", f'console=ttyS0 {self._IOMMU_PARAMETERS if self.iommu else ""} -- sh -c "{self._listen()}"'),
             *("-device", "pvpanic-pci"),  # a panic ends QEMU
             *("-chardev", "stdio,id=log,signal=off", "-device", "isa-serial,chardev=log"),
             *("-chardev", f"socket,id=channel,fd={channel}", "-device", "isa-serial,chardev=channel"),
@@ -520,7 +537,10 @@ def _execute(path: Path, command: str, arguments: dict[str, object]) -> Any:
 class _Machine:
     """A guest that runs: its process, the socket to its shell, its kernel log."""
 
-    def __init__(self, command_line: Callable[[int, Path], list[str]]) -> None:
+    def __init__(
+        self, command_line: Callable[[int, Path], list[str]], wait: Callable[[_Machine, int, float], None]
+    ) -> None:
+        self._wait = wait
         with ExitStack() as owned:
             directory = owned.enter_context(tempfile.TemporaryDirectory(prefix="vhost-user-guest-"))
             # Memory, not a pipe: a guest never waits for somebody to read its messages.
@@ -604,6 +624,7 @@ class _Machine:
         try:
             ended = select.poll()
             ended.register(pidfd, select.POLLIN)
+            self._wait(self, pidfd, time.monotonic() + timeout)
             return bool(ended.poll(timeout * 1000))
         finally:
             os.close(pidfd)
@@ -616,6 +637,7 @@ class _Machine:
         return self._last_log
 
     def _receive(self) -> None:
+        self._wait(self, self._channel.fileno(), self._deadline)
         data = self._answer(lambda: self._channel.recv(1 << 20))
         if not data:
             raise self._failure("ended")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -59,6 +60,10 @@ class Loop:
             OSError: the descriptor is closed, watched already, or of a kind that is always ready, such as a disk file.
         """
         return Watch(self._backend, file if isinstance(file, int) else file.fileno(), callback, read=read, write=write)
+
+    def time(self) -> float:
+        """The time that `call_later` counts, in seconds: this process's monotonic clock, or that of a simulation."""
+        return time.monotonic()
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         """Call `callback()` once, in `delay` seconds."""

@@ -254,6 +254,10 @@ impl Channel {
             };
             if let Err(error) = result {
                 self.close(&mut state, &error.to_string());
+                // That is how a session ends, as a rule.
+                if matches!(error, Error::Closed(_)) {
+                    state.trouble = None;
+                }
                 return;
             }
         }

@@ -226,6 +226,12 @@ impl Backend {
         !lock(&self.inner).pending.is_empty()
     }
 
+    /// Whether the front-end has acknowledged everything that was said to it unasked.
+    #[getter]
+    fn settled(&self) -> bool {
+        self.channel.is_idle()
+    }
+
     /// The loop's own descriptor: readable while :meth:`dispatch` has something to do.
     fn fileno(&self) -> i32 {
         self.events.as_fd().as_raw_fd()
