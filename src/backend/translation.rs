@@ -159,3 +159,54 @@ impl Translation {
         in_flight.values().flatten().any(|used| used.overlaps(range))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More than any test asks in vain.
+    const LIMIT: usize = 100;
+
+    #[test]
+    fn a_question_that_is_not_answered_in_time_is_a_failure_that_names_it() {
+        let (mut translation, now) = (Translation::default(), Instant::now());
+        assert!(translation.set_miss(0x1234, true));
+        assert!(!translation.set_miss(0x1234, true), "it is asked once");
+        assert_eq!(translation.to_ask(), Some((0x1234, true)));
+        assert_eq!(translation.failure(now + MISS_DEADLINE, LIMIT), None, "nobody was asked yet");
+        translation.set_asked(now);
+        assert_eq!(translation.to_ask(), None);
+        assert_eq!(translation.deadline(), Some(now + MISS_DEADLINE));
+        assert_eq!(translation.failure(now, LIMIT), None);
+        let text = translation.failure(now + MISS_DEADLINE, LIMIT).unwrap().to_string();
+        assert!(
+            text.contains("I/O address 0x1234 is not mapped (for writing)") && text.contains("5 seconds"),
+            "{text}"
+        );
+        translation.extend(now + MISS_DEADLINE);
+        assert_eq!(translation.failure(now + MISS_DEADLINE, LIMIT), None, "we have not listened until now");
+    }
+
+    #[test]
+    fn only_what_was_asked_for_is_an_answer() {
+        let mut translation = Translation::default();
+        translation.set_miss(0x1234, false);
+        translation.refuse(0x5678, "an old question".to_owned());
+        assert!(!translation.update(IovaRange::new(0x2000, 0x1000).unwrap()));
+        assert_eq!(translation.failure(Instant::now(), LIMIT), None);
+        assert!(translation.update(IovaRange::new(0x1000, 0x1000).unwrap()));
+        assert_eq!(translation.to_ask(), None);
+    }
+
+    #[test]
+    fn a_chain_that_no_number_of_answers_completes_is_a_failure() {
+        let (mut translation, now) = (Translation::default(), Instant::now());
+        for page in 0..=LIMIT as u64 {
+            assert_eq!(translation.failure(now, LIMIT), None);
+            translation.set_miss(page << 12, false);
+            translation.set_asked(now);
+        }
+        let text = translation.failure(now, LIMIT).unwrap().to_string();
+        assert!(text.contains("more than the 100 mappings"), "{text}");
+    }
+}
