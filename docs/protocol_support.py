@@ -1,0 +1,290 @@
+"""Writes protocol-support.md: run it when a message, a feature, or a test of one has changed.
+
+The messages and features come from the tables of the core; what is here is by which test each is known to work. A test
+makes sure that the page is up to date, that nothing is missing, and that every test that is named is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from vhost_user._core import MessageInfo, ProtocolFeature, messages
+
+PAGE = Path(__file__).with_name("protocol-support.md")
+
+
+@dataclass(frozen=True)
+class Support:
+    """By which tests something is known to work, as `file::name` below tests/; None where it is not supported."""
+
+    device: str | None = None
+    driver: str | None = None
+    peers: str = ""
+    """Real peers that were seen to use it, in a test that boots or starts them."""
+
+
+#: Peers, and the tests that they are in.
+PEERS = {
+    "QEMU": "devices/test_qemu.py::test_devices_outlive_a_reboot_and_the_end_of_qemu",
+    "UML": "test_trace.py::test_a_guest_does_not_notice_and_everything_is_seen",
+    "QEMU, killed": "devices/test_qemu.py::test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes",
+    "QEMU, migrated": (
+        "devices/test_migration.py::test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote"
+    ),
+    "QEMU, behind an IOMMU": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
+    "UML, in-band": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
+}
+
+SESSION = "test_session.py::test_"
+FRONTEND = "test_frontend.py::test_"
+EXTENSIONS = "test_extensions.py::test_"
+WINDOWS = "test_windows.py::test_"
+MIGRATION = "test_migration.py::test_"
+INFLIGHT = "test_inflight.py::test_"
+IOMMU = "test_iommu.py::test_"
+IN_BAND = "test_in_band.py::test_"
+IOMMU_DRIVER = "test_iommu_driver.py::test_"
+STATE = "test_device_state.py::test_"
+
+_reply = SESSION + "a_request_with_a_reply_is_answered_once_with_the_flags_5"
+_negotiated = FRONTEND + "everything_that_both_sides_know_is_negotiated"
+_queue = FRONTEND + "a_queue_goes_on_where_it_stopped"
+_setup = SESSION + "a_ring_can_be_set_up_in_any_order"
+_slots = FRONTEND + "only_what_changes_is_said_to_a_back_end_with_slots"
+_objects = WINDOWS + "objects_are_announced_found_and_forgotten"
+_mapped = WINDOWS + "a_file_is_mapped_where_the_device_says_and_seen_by_the_driver"
+_asked = WINDOWS + "the_device_asks_as_the_specification_says"
+_in_band = IN_BAND + "our_own_front_end_works_in_band"
+_suspended = INFLIGHT + "a_driver_suspends_a_queue_and_lets_it_go_on"
+_killed = INFLIGHT + "every_request_completes_once_however_often_the_device_is_killed"
+_guests = "QEMU, UML"
+
+SUPPORT = {
+    "GET_FEATURES": Support(_reply, _negotiated, _guests),
+    "SET_FEATURES": Support(SESSION + "features_without_bit_30_enable_every_ring", _negotiated, _guests),
+    "SET_OWNER": Support(
+        SESSION + "an_acknowledgement_is_sent_when_it_is_asked_for_before_anything_was_negotiated", _negotiated, _guests
+    ),
+    "RESET_OWNER": Support(SESSION + "reset_owner_disables_the_rings_and_forgets_nothing"),
+    "SET_MEM_TABLE": Support(
+        SESSION + "the_memory_table_is_replaced_while_the_ring_runs",
+        FRONTEND + "memory_of_several_regions_goes_over_as_a_table",
+        "UML",
+    ),
+    "SET_LOG_BASE": Support(
+        MIGRATION + "after_the_reply_nothing_is_marked_in_the_log_of_before",
+        MIGRATION + "a_log_is_swapped_while_requests_are_under_way",
+        "QEMU, migrated",
+    ),
+    "SET_LOG_FD": Support(
+        MIGRATION + "the_eventfd_is_told_of_marks",
+        MIGRATION + "a_queue_that_starts_later_is_logged_and_marks_are_announced",
+    ),
+    "SET_VRING_NUM": Support(SESSION + "a_ring_works_at_the_ends_of_what_its_size_may_be", _queue, _guests),
+    "SET_VRING_ADDR": Support(
+        SESSION + "a_running_ring_takes_its_addresses_again_without_losing_its_place", _queue, _guests
+    ),
+    "SET_VRING_BASE": Support(SESSION + "a_ring_starts_at_any_base_and_stops_there_again", _queue, _guests),
+    "GET_VRING_BASE": Support(SESSION + "get_vring_base_answers_after_requests_in_flight_are_done", _queue, "QEMU"),
+    "SET_VRING_KICK": Support(SESSION + "a_kick_is_heard_from_every_kind_of_descriptor", _queue, _guests),
+    "SET_VRING_CALL": Support(SESSION + "a_call_is_sent_to_every_kind_of_descriptor", _queue, _guests),
+    "SET_VRING_ERR": Support(
+        SESSION + "error_descriptors_tell_of_a_broken_ring_and_the_others_go_on",
+        FRONTEND + "a_ring_that_the_back_end_reports_as_broken_is_not_waited_for",
+        "QEMU",
+    ),
+    "GET_PROTOCOL_FEATURES": Support(_reply, _negotiated, _guests),
+    "SET_PROTOCOL_FEATURES": Support(_setup, FRONTEND + "exactly_what_was_asked_for_is_negotiated", _guests),
+    "GET_QUEUE_NUM": Support(_reply, _negotiated, _guests),
+    "SET_VRING_ENABLE": Support(
+        SESSION + "a_ring_that_was_disabled_goes_on_where_it_was",
+        FRONTEND + "a_queue_that_is_not_enabled_waits",
+        _guests,
+    ),
+    "SEND_RARP": Support(
+        EXTENSIONS + "the_address_to_announce_is_the_first_six_bytes",
+        EXTENSIONS + "a_network_card_is_told_its_address_and_its_mtu",
+    ),
+    "NET_SET_MTU": Support(
+        EXTENSIONS + "an_mtu_that_cannot_be_is_refused_before_the_device_sees_it",
+        EXTENSIONS + "a_network_card_is_told_its_address_and_its_mtu",
+    ),
+    "SET_BACKEND_REQ_FD": Support(_asked, FRONTEND + "a_change_of_the_configuration_is_waited_for", _guests),
+    "IOTLB_MSG": Support(
+        IOMMU + "everything_is_asked_for_once_with_what_it_is_for",
+        IOMMU_DRIVER + "devices_work_behind_an_iommu",
+        "QEMU, behind an IOMMU",
+    ),
+    "SET_VRING_ENDIAN": Support(),
+    "GET_CONFIG": Support(_reply, FRONTEND + "configuration_is_read_and_written", _guests),
+    "SET_CONFIG": Support(
+        "test_config.py::test_a_driver_writes_parts_of_a_field", FRONTEND + "configuration_is_read_and_written"
+    ),
+    "CREATE_CRYPTO_SESSION": Support(
+        EXTENSIONS + "a_session_is_where_the_specification_puts_it", EXTENSIONS + "sessions_are_created_and_closed"
+    ),
+    "CLOSE_CRYPTO_SESSION": Support(
+        EXTENSIONS + "sessions_are_created_and_closed", EXTENSIONS + "sessions_are_created_and_closed"
+    ),
+    "POSTCOPY_ADVISE": Support(),
+    "POSTCOPY_LISTEN": Support(),
+    "POSTCOPY_END": Support(),
+    "GET_INFLIGHT_FD": Support(INFLIGHT + "a_record_is_a_sealed_file_of_zeros", _killed, "QEMU, killed"),
+    "SET_INFLIGHT_FD": Support(INFLIGHT + "the_next_device_begins_with_what_was_in_flight", _killed, "QEMU, killed"),
+    "GPU_SET_SOCKET": Support(
+        EXTENSIONS + "a_device_draws_on_the_screen_that_it_is_given",
+        EXTENSIONS + "a_device_draws_on_the_screen_that_it_is_given",
+    ),
+    "RESET_DEVICE": Support(
+        SESSION + "reset_device_stops_and_disables_the_rings_and_keeps_the_rest",
+        FRONTEND + "a_reset_ends_requests_and_the_device_can_be_used_again",
+    ),
+    "VRING_KICK": Support(
+        IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band, "UML, in-band"
+    ),
+    "GET_MAX_MEM_SLOTS": Support(
+        _reply, EXTENSIONS + "a_driver_shares_as_many_regions_as_the_device_has_slots", "QEMU"
+    ),
+    "ADD_MEM_REG": Support(EXTENSIONS + "a_device_works_on_all_the_memory_slots_that_it_offers", _slots, "QEMU"),
+    "REM_MEM_REG": Support(SESSION + "regions_are_added_and_removed_while_the_ring_runs", _slots),
+    "SET_STATUS": Support(
+        SESSION + "status_is_kept_and_zero_resets_the_device",
+        FRONTEND + "the_device_status_follows_the_driver",
+        "QEMU",
+    ),
+    "GET_STATUS": Support(_reply, FRONTEND + "the_device_status_follows_the_driver", "QEMU"),
+    "GET_SHARED_OBJECT": Support(_asked, _objects),
+    "SET_DEVICE_STATE_FD": Support(
+        STATE + "the_state_goes_through_a_socket_as_well", STATE + "what_one_device_saved_another_one_loads"
+    ),
+    "CHECK_DEVICE_STATE": Support(
+        STATE + "the_loop_goes_on_and_the_check_waits_until_the_state_is_there",
+        STATE + "what_one_device_saved_another_one_loads",
+    ),
+    "GET_SHMEM_CONFIG": Support(_asked, _mapped),
+    "GET_VRING_BASE_SKIP_DRAIN": Support(
+        INFLIGHT + "a_ring_is_suspended_at_once_and_takes_up_what_it_had_begun", _suspended
+    ),
+    "BACKEND_IOTLB_MSG": Support(
+        IOMMU + "everything_is_asked_for_once_with_what_it_is_for",
+        IOMMU_DRIVER + "devices_work_behind_an_iommu",
+        "QEMU, behind an IOMMU",
+    ),
+    "BACKEND_CONFIG_CHANGE_MSG": Support(
+        "test_trace.py::test_what_the_back_end_asks_is_seen", FRONTEND + "a_change_of_the_configuration_is_waited_for"
+    ),
+    "BACKEND_VRING_HOST_NOTIFIER_MSG": Support(_asked, WINDOWS + "a_driver_notifies_by_the_page_that_the_device_gives"),
+    "BACKEND_VRING_CALL": Support(
+        IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band, "UML, in-band"
+    ),
+    "BACKEND_VRING_ERR": Support(IN_BAND + "a_ring_that_breaks_says_so_in_a_message"),
+    "BACKEND_SHARED_OBJECT_ADD": Support(_asked, _objects),
+    "BACKEND_SHARED_OBJECT_REMOVE": Support(_objects, _objects),
+    "BACKEND_SHARED_OBJECT_LOOKUP": Support(_asked, WINDOWS + "a_device_looks_up_an_object_of_somebody_else"),
+    "BACKEND_SHMEM_MAP": Support(_asked, _mapped),
+    "BACKEND_SHMEM_UNMAP": Support(_asked, _mapped),
+}
+
+#: Features that change what a message means, without one of their own; and those that are not offered, with the reason.
+FEATURES = {
+    "LOG_SHMFD": SUPPORT["SET_LOG_BASE"],
+    "REPLY_ACK": Support(
+        SESSION + "nothing_is_acknowledged_that_did_not_ask_for_it",
+        FRONTEND + "a_refused_message_ends_nothing",
+        _guests,
+    ),
+    "BACKEND_SEND_FD": Support(_asked, WINDOWS + "a_mapping_has_one_descriptor"),
+    "GET_VRING_BASE_INFLIGHT": Support(INFLIGHT + "features_that_need_a_record_are_refused_without_it", _suspended),
+    "GPA_ADDRESSES": Support(
+        SESSION + "with_gpa_addresses_rings_are_at_guest_addresses", IOMMU_DRIVER + "gpa_addresses_are_used_on_request"
+    ),
+    "XEN_MMAP": Support(),
+}
+
+REFUSED = {
+    "XEN_MMAP": (
+        "never offered: guest memory is mapped from files, and Xen's needs its own devices; "
+        f"`{EXTENSIONS}memory_of_xen_is_refused_with_a_reason`"
+    ),
+}
+
+HEAD = """\
+# What of the protocol is supported
+
+Made by `python docs/protocol_support.py` from the tables of the core; do not edit it. The device side is what
+`vhost_user.Device` serves, the driver side what `vhost_user.Frontend` does; every test is below `tests/`. "No" means
+that it is not offered, and refused.
+"""
+
+
+def main() -> None:
+    PAGE.write_text(page())
+
+
+def page() -> str:
+    """The whole page."""
+    tables = messages()
+    return "\n".join(
+        [
+            HEAD,
+            *_section("Requests of the front-end", [row for row in tables if row.channel == "main"]),
+            *_section("Requests of the back-end", [row for row in tables if row.channel == "back-end"]),
+            *_features(tables),
+            *_peers(),
+        ]
+    )
+
+
+def _section(title: str, rows: list[MessageInfo]) -> list[str]:
+    lines = [
+        f"## {title}",
+        "",
+        "| id | message | needs | device side | driver side | seen with |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        needs = "" if row.gate == "always" else row.gate
+        lines.append(f"| {row.id} | {row.name} | {needs} | {_cells(SUPPORT[row.name])} |")
+    return [*lines, ""]
+
+
+def _features(tables: list[MessageInfo]) -> list[str]:
+    lines = [
+        "## Protocol features",
+        "",
+        "| bit | feature | device side | driver side | seen with |",
+        "|---|---|---|---|---|",
+    ]
+    for feature in ProtocolFeature:
+        name = str(feature.name)
+        bit = feature.value.bit_length() - 1
+        if name in REFUSED:
+            lines.append(f"| {bit} | {name} | {REFUSED[name]} | no | |")
+            continue
+        gated = [row.name for row in tables if row.gate == name]
+        lines.append(f"| {bit} | {name} | {_cells(FEATURES[name] if name in FEATURES else SUPPORT[gated[0]])} |")
+    return [*lines, ""]
+
+
+def _peers() -> list[str]:
+    lines = ["## Real peers", "", "Where they were seen: each test starts the peer, and fails if it is missing.", ""]
+    return [*lines, *[f"- {peer}: `{test}`" for peer, test in PEERS.items()], ""]
+
+
+def _cells(support: Support) -> str:
+    device = f"`{support.device}`" if support.device else "no"
+    driver = f"`{support.driver}`" if support.driver else "no"
+    return f"{device} | {driver} | {support.peers}"
+
+
+def named_tests() -> set[str]:
+    """Every test that the page names."""
+    all_support = [*SUPPORT.values(), *FEATURES.values()]
+    named = {test for support in all_support for test in (support.device, support.driver) if test}
+    return named | set(PEERS.values()) | {EXTENSIONS + "memory_of_xen_is_refused_with_a_reason"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
