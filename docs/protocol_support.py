@@ -6,7 +6,6 @@ makes sure that the page is up to date, that nothing is missing, and that every 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -287,4 +286,4 @@ def named_tests() -> set[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
