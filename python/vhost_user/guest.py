@@ -465,7 +465,7 @@ class Qemu(Guest):
     def start(self) -> Self:
         if not self._waits_for_guest:
             return super().start()
-        self._machine = _Machine(self._command_line)
+        self._machine = _Machine(self._command_line, self._wait)
         return self
 
     def _command_line(self, channel: int, directory: Path) -> list[str]:
