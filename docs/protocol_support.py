@@ -178,7 +178,10 @@ SUPPORT = {
     "BACKEND_VRING_CALL": Support(
         IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band, "UML, in-band"
     ),
-    "BACKEND_VRING_ERR": Support(IN_BAND + "a_ring_that_breaks_says_so_in_a_message"),
+    "BACKEND_VRING_ERR": Support(
+        IN_BAND + "a_ring_that_breaks_says_so_in_a_message",
+        IN_BAND + "our_own_front_end_is_told_of_a_ring_that_broke",
+    ),
     "BACKEND_SHARED_OBJECT_ADD": Support(_asked, _objects),
     "BACKEND_SHARED_OBJECT_REMOVE": Support(_objects, _objects),
     "BACKEND_SHARED_OBJECT_LOOKUP": Support(_asked, WINDOWS + "a_device_looks_up_an_object_of_somebody_else"),

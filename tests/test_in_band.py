@@ -24,7 +24,7 @@ from raw import (
     u64,
     vring_state,
 )
-from specimens import Connect, Hold, Reverse, Serve
+from specimens import NO_TYPE, Connect, Hold, Reverse, Serve
 from vhost_user.devices.rng import Rng
 from vhost_user.guest import Uml
 
@@ -178,6 +178,20 @@ def test_our_own_front_end_works_in_band(serve: Serve) -> None:
             assert queue.submit(struct.pack("=I", number), writable=4).wait() == struct.pack("=I", number)[::-1]
         pending = [queue.submit(bytes([number]), writable=1) for number in range(50)]
         assert [request.wait() for request in pending] == [bytes([number]) for number in range(50)]
+
+
+def test_our_own_front_end_is_told_of_a_ring_that_broke(serve: Serve) -> None:
+    class Small(Reverse, device_id=NO_TYPE):
+        requestq = vu.Queue(max_request=16)
+
+        @requestq.handler
+        def ignore(self, request: vu.Request) -> None:
+            pass
+
+    with vu.Frontend.connect(serve(opted_in(Small()))) as frontend:
+        completion = frontend.negotiate(protocol=IN_BAND).queue(0).submit(bytes(17))
+        with pytest.raises(vu.ProtocolError, match="queue 0: the back-end reports that the ring is broken"):
+            completion.wait(60)
 
 
 def test_a_guest_reads_random_numbers_in_band(tmp_path: Path) -> None:
