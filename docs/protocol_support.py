@@ -41,6 +41,7 @@ FRONTEND = "test_frontend.py::test_"
 EXTENSIONS = "test_extensions.py::test_"
 WINDOWS = "test_windows.py::test_"
 MIGRATION = "test_migration.py::test_"
+POSTCOPY = "test_postcopy.py::test_"
 INFLIGHT = "test_inflight.py::test_"
 IOMMU = "test_iommu.py::test_"
 IN_BAND = "test_in_band.py::test_"
@@ -59,6 +60,8 @@ _in_band = IN_BAND + "our_own_front_end_works_in_band"
 _suspended = INFLIGHT + "a_driver_suspends_a_queue_and_lets_it_go_on"
 _killed = INFLIGHT + "every_request_completes_once_however_often_the_device_is_killed"
 _guests = "QEMU, UML"
+_late = POSTCOPY + "a_device_works_on_a_ring_and_buffers_whose_pages_come_when_it_touches_them"
+_provided = POSTCOPY + "pages_are_provided_as_the_device_touches_them"
 
 SUPPORT = {
     "GET_FEATURES": Support(_reply, _negotiated, _guests),
@@ -127,9 +130,9 @@ SUPPORT = {
     "CLOSE_CRYPTO_SESSION": Support(
         EXTENSIONS + "sessions_are_created_and_closed", EXTENSIONS + "sessions_are_created_and_closed"
     ),
-    "POSTCOPY_ADVISE": Support(),
-    "POSTCOPY_LISTEN": Support(),
-    "POSTCOPY_END": Support(),
+    "POSTCOPY_ADVISE": Support(_late, _provided),
+    "POSTCOPY_LISTEN": Support(POSTCOPY + "steps_out_of_order_are_refused", _provided),
+    "POSTCOPY_END": Support(_late, _provided),
     "GET_INFLIGHT_FD": Support(INFLIGHT + "a_record_is_a_sealed_file_of_zeros", _killed, "QEMU, killed"),
     "SET_INFLIGHT_FD": Support(INFLIGHT + "the_next_device_begins_with_what_was_in_flight", _killed, "QEMU, killed"),
     "GPU_SET_SOCKET": Support(

@@ -29,8 +29,8 @@ pub use error::{Error, RingError};
 mod _core {
     #[pymodule_export]
     use super::bindings::{
-        Backend, BatchHandler, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer, InflightRecord, Load,
-        LoadResult, Memory, MessageInfo, Request, decode, messages, payloads, transfer_blocks,
+        Backend, BatchHandler, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer, InflightRecord,
+        LatePages, Load, LoadResult, Memory, MessageInfo, Request, decode, messages, payloads, transfer_blocks,
     };
 
     #[pymodule_init]

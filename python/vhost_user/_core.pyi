@@ -403,6 +403,10 @@ class Frontend:
     def provide_shared_object(self, uuid: bytes, fd: int) -> None: ...
     def share(self, memories: Sequence[Memory]) -> None:
         """Share these memories, and no others any more."""
+    def share_late(self, memories: Sequence[Memory]) -> LatePages:
+        """Share memory of which pages are missing: they are provided by what this returns."""
+    def begin_postcopy(self) -> None: ...
+    def end_postcopy(self) -> None: ...
     def get_inflight(self, queues: int, queue_size: int) -> InflightRecord:
         """Have the back-end make a record of what is in flight."""
     def set_inflight(self, record: InflightRecord) -> None:
@@ -446,6 +450,17 @@ class InflightRecord:
         """Where it begins in its file."""
     def fileno(self) -> int:
         """The descriptor of its file."""
+
+@final
+class LatePages:
+    """Guest memory of a back-end that waits for each page that is missing."""
+
+    def fileno(self) -> int:
+        """Readable when there may be a page that is wanted."""
+    def wanted(self) -> int | None:
+        """The guest address of a page that the back-end waits for."""
+    def provide(self, guest_address: int, data: bytes) -> bool:
+        """Provide whole pages. Returns false if the first one is there already."""
 
 @final
 class FrontendQueue:

@@ -268,11 +268,18 @@ class Runtime:
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
         transport = self._transport_features()
-        offers = device._offers | (ProtocolFeature.INBAND_NOTIFICATIONS if device.in_band else 0)
-        offer = Offer(features, transport, int(offers), device._takes_gpu_socket, device._shared_memory())
+        offer = Offer(features, transport, self._protocol_features(), device._takes_gpu_socket, device._shared_memory())
         backend = Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
         backend.set_busy_poll(device.busy_poll)
         return backend
+
+    def _protocol_features(self) -> int:
+        """Likewise."""
+        wanted = {
+            ProtocolFeature.INBAND_NOTIFICATIONS: self.device.in_band,
+            ProtocolFeature.PAGEFAULT: self.device.postcopy,
+        }
+        return int(self.device._offers) | sum(int(feature) for feature, is_wanted in wanted.items() if is_wanted)
 
     def _transport_features(self) -> int:
         """Those that only some devices offer."""
@@ -399,8 +406,7 @@ class Runtime:
             "device_id": int(device.device_id),
             "features": f"{int(device.features):#x}",
             "transport features": f"{self._transport_features():#x}",
-            "protocol features": f"{int(device._offers):#x}",
-            "in_band": device.in_band,
+            "protocol features": f"{self._protocol_features():#x}",
             "queues": [queue.name for _, built in queues.build(device, device._queues) for queue in built],
             "max_request": [declaration.max_request for declaration in device._queues],
             "configuration space": [f"{field.name} at {field.offset}" for field in device._layout.fields],

@@ -66,6 +66,13 @@ class Device:
     #: for it. An instance may decide for itself before it is served. vhost-user specification, "In-band notifications".
     in_band: bool = False
 
+    #: Whether the front-end may start the device while guest memory is still on its way from another host, and provide
+    #: each page when the device touches it (PAGEFAULT). While a page is missing the device waits, with all its process.
+    #: It is offered only where the process may open a userfaultfd that waits in system calls too, and then in
+    #: place of CONFIGURE_MEM_SLOTS: guest memory has at most 8 regions. An instance may decide for itself before it is
+    #: served. vhost-user specification, "Migration".
+    postcopy: bool = False
+
     #: Whether the device offers packed rings (RING_PACKED), and to complete requests in the order in which the driver
     #: made them (IN_ORDER). A driver takes what it knows: Linux takes packed rings, for which QEMU's device needs
     #: ``packed=on``, and its newest versions both; what works better depends on driver and device. In order, a request

@@ -26,6 +26,7 @@ from . import _core
 from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, TransportFeature
 from .errors import PeerClosed, PeerTimeout, StateError, VhostUserError
 from .loop import HasFileno
+from .postcopy import Postcopy
 from .queues import Buffer
 from .server import Endpoint, PathLike
 
@@ -98,6 +99,7 @@ class Frontend:
         #: The device's own mapping keeps a log that was forgotten here.
         self._log: DirtyLog | None = None
         self._log_all = False
+        self._postcopy: Postcopy | None = None
         self._queues: dict[int, DriverQueue] = {}
         self._ready = False
         self._open_session = _core.Frontend(connection.detach(), timeout)
@@ -156,15 +158,16 @@ class Frontend:
         `features` are those of the device and of the rings, `protocol` those of the protocol: exactly these are
         accepted, and PROTOCOL_FEATURES where it is offered. By default it is everything that both sides know, and of
         the features of the device type all that are offered; but INBAND_NOTIFICATIONS, which makes every kick wait for
-        the back-end, and GPA_ADDRESSES only when they are asked for. With `iommu`, ACCESS_PLATFORM is accepted as well:
-        the device gets I/O addresses, see :meth:`io_address`. vhost-user specification, "Communication".
+        the back-end, GPA_ADDRESSES and PAGEFAULT only when asked for. With `iommu`, ACCESS_PLATFORM is accepted as
+        well: the device gets I/O addresses, see :meth:`io_address`. vhost-user specification, "Communication".
 
         Raises:
             StateError: something was asked for that is not offered.
         """
         session = self._session
         # With GPA_ADDRESSES a back-end that takes one kind of address for the other gets away with it.
-        by_default = ~(ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.GPA_ADDRESSES) & (1 << 64) - 1
+        unasked = ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.GPA_ADDRESSES | ProtocolFeature.PAGEFAULT
+        by_default = ~unasked & (1 << 64) - 1
         offer = session.handshake(by_default if protocol is None else protocol)
         self.offered_features, self.queue_count = offer[0], offer[2]
         self.offered_protocol = ProtocolFeature(offer[1])
@@ -264,6 +267,9 @@ class Frontend:
     def close(self) -> None:
         """Close the connection. Whoever waits for a request gets a StateError, for a message PeerClosed."""
         session, self._open_session = self._open_session, None
+        if self._postcopy is not None:
+            self._postcopy._stop()
+            self._postcopy = None
         queues = self._end_queues("the front-end was closed")
         if session is not None:
             session.close()
@@ -434,6 +440,28 @@ class Frontend:
         if not self._memories:
             self.share(Memory(MEMORY_SIZE))
         return self._memories[0]
+
+    def postcopy(self, *memories: Memory, page: Callable[[int], Buffer]) -> Postcopy:
+        """Share memories of which the back-end has nothing yet: it gets each page of 4096 bytes when it touches it.
+
+        `page` is called with the guest address of each page that is missing, in a thread, and returns its bytes. If it
+        raises, the connection is closed. What this side has read or written is not missing. To be called before any
+        memory is shared, with PAGEFAULT and REPLY_ACK negotiated and CONFIGURE_MEM_SLOTS not. The back-end has to be
+        another process: while it waits for a page, nothing else goes on in its interpreter.
+
+            with frontend.postcopy(after, page=lambda address: before.read(address, 4096)):
+                frontend.queue(0).request(writable=16)
+
+        vhost-user specification, "Migration".
+
+        Raises:
+            StateError: it cannot be done now, as above.
+        """
+        late = self._session.share_late(memories)
+        self._memories = memories
+        self._postcopy = Postcopy(self, late, page)
+        self._session.begin_postcopy()
+        return self._postcopy
 
     # --- The in-flight record ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
 //! | `device_state` | the device's own state on its way to another back-end, or from one |
+//! | `postcopy` | guest memory whose pages come when they are touched |
 //! | `extensions` | messages that only some devices take |
 //! | `complaints` | how many warnings a peer is worth |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
@@ -22,6 +23,7 @@ mod device_state;
 mod event_loop;
 mod extensions;
 mod notification;
+mod postcopy;
 mod session;
 mod translation;
 mod vring;

@@ -14,9 +14,10 @@ use super::device_state::{Direction, Transfer};
 use super::event_loop::{EventLoop, Interest, Token};
 use super::extensions::{Extensions, mac_of, mtu_of};
 use super::notification::{Call, Kick};
+use super::postcopy::Postcopy;
 use super::vring::{Logging, Vring};
 use crate::error::{Error, RingError};
-use crate::memory::{Access, DirtyLog, IovaRange, Permission, Snapshot, faults_seen};
+use crate::memory::{Access, DirtyLog, IovaRange, Permission, Snapshot, Userfault, faults_seen};
 use crate::protocol::{
     Answer, BackendMessage, Config, Empty, Flags, FrontendMessage, FrontendRequest, Gate, Inflight, Iotlb, LogBase,
     MemoryTable, Payload, ProtocolFeatures, Rings, ShmemConfig, SingleRegion, U64, VirtioFeatures, VringAddress,
@@ -99,7 +100,15 @@ impl Profile {
         } else {
             ProtocolFeatures::default()
         };
-        always | config | files | self.extensions
+        let offered = always | config | files | self.extensions;
+        if !offered.contains(ProtocolFeatures::PAGEFAULT) {
+            offered
+        } else if Userfault::is_available() {
+            // They do not go together, and QEMU takes everything that it is offered.
+            offered.without(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        } else {
+            offered.without(ProtocolFeatures::PAGEFAULT)
+        }
     }
 }
 
@@ -190,6 +199,7 @@ pub struct Session {
     logging: Logging,
     inflight: Option<InflightBuffer>,
     pub(super) transfer: Transfer,
+    postcopy: Postcopy,
     features: Option<VirtioFeatures>,
     protocol_features: ProtocolFeatures,
     status: u8,
@@ -229,6 +239,7 @@ impl Session {
             logging: Logging::default(),
             inflight: None,
             transfer: Transfer::default(),
+            postcopy: Postcopy::default(),
             features: None,
             protocol_features: ProtocolFeatures::default(),
             status: 0,
@@ -389,6 +400,9 @@ impl Session {
         }
         match self.memory.lost_region() {
             None => Ok(()),
+            Some(_) if self.postcopy.is_abandoned() => {
+                Err(Error::Memory("the front-end went away before all of guest memory was there (postcopy)".to_owned()))
+            }
             Some(region) => Err(Error::Memory(format!(
                 "the front-end shrank the file behind the {:#x} bytes of guest memory at {:#x} while they were in use",
                 region.size, region.guest_address
@@ -488,6 +502,21 @@ impl Session {
                 // else a connection that goes on would be lost.
                 let (queues, then) = (self.all_queues(), Then::Acknowledge { request, need_reply });
                 return self.wait_for(queues, Some(QUIESCE_DEADLINE), then, hooks);
+            }
+            M::PostcopyAdvise(Empty) => {
+                let userfault = self.postcopy.advise().map_err(|error| refuse(error.to_string()))?;
+                return self.reply_with(request, Empty, Some(userfault));
+            }
+            M::PostcopyListen(Empty) => self.listen_postcopy().map_err(refuse)?,
+            M::PostcopyEnd(Empty) => {
+                self.postcopy.end();
+                return self.reply(request, U64(0));
+            }
+            M::SetMemTable(table) if self.postcopy.is_listening() => {
+                let Some(told) = self.set_late_memory(table, &files).map_err(refuse)? else {
+                    return Ok(Done::Acknowledge);
+                };
+                return self.reply(request, told);
             }
             M::SetMemTable(MemoryTable { regions }) => {
                 let memory = Snapshot::from_table(&regions, &files).map_err(|error| refuse(error.to_string()))?;
@@ -686,6 +715,31 @@ impl Session {
         }
         self.memory = memory;
         Ok(())
+    }
+
+    fn listen_postcopy(&mut self) -> Result<(), String> {
+        if !self.memory.is_empty() {
+            return Err("memory is set already; this has to come before".to_owned());
+        }
+        self.postcopy.listen(self.connection.as_fd()).map_err(|error| error.to_string())
+    }
+
+    /// Prepare memory whose pages come later, and say where it is in this process; or, when the front-end answers that with
+    /// a table of nothing, put it to use.
+    fn set_late_memory(&mut self, table: MemoryTable, files: &[OwnedFd]) -> Result<Option<MemoryTable>, String> {
+        let MemoryTable { mut regions } = table;
+        if regions.is_empty() {
+            let memory = self.postcopy.go().ok_or("no memory waits for this acknowledgement")?;
+            return self.set_memory(memory).map(|()| None);
+        }
+        let memory = Snapshot::from_table(&regions, files).map_err(|error| error.to_string())?;
+        for region in &mut regions {
+            let pointer = memory.user_pointer(region.user_address, 1).ok_or("a region is not where it should be")?;
+            region.user_address = pointer.addr().get() as u64;
+        }
+        let memory = memory.behind(self.memory.iotlb().cloned());
+        self.postcopy.prepare(memory).map_err(|error| error.to_string())?;
+        Ok(Some(MemoryTable { regions }))
     }
 
     // --- The IOMMU --------------------------------------------------------------------------------------------------
@@ -913,6 +967,7 @@ impl Session {
         }
         self.channel.disconnect();
         self.inflight = None;
+        self.postcopy = Postcopy::default();
         self.memory = Arc::default();
         self.logging = Logging::default();
     }

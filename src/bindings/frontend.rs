@@ -185,6 +185,20 @@ impl Frontend {
         self.run(py, || self.core.share(&memories))
     }
 
+    /// Share memory of which pages are missing: they are provided by what this returns.
+    fn share_late(&self, py: Python<'_>, memories: Vec<Py<Memory>>) -> PyResult<LatePages> {
+        let memories: Vec<_> = memories.iter().map(|memory| Arc::clone(&memory.get().core)).collect();
+        self.run(py, || self.core.share_late(&memories)).map(|core| LatePages { core })
+    }
+
+    fn begin_postcopy(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, || self.core.begin_postcopy())
+    }
+
+    fn end_postcopy(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, || self.core.end_postcopy())
+    }
+
     /// Have the back-end make a record of what is in flight.
     fn get_inflight(&self, py: Python<'_>, queues: u16, queue_size: u16) -> PyResult<InflightRecord> {
         self.run(py, || self.core.get_inflight(queues, queue_size)).map(|core| InflightRecord { core })
@@ -401,6 +415,31 @@ impl InflightRecord {
 
     fn __repr__(&self) -> String {
         format!("<InflightRecord: {} queues of {} entries>", self.queues(), self.queue_size())
+    }
+}
+
+/// Guest memory of a back-end that waits for each page that is missing.
+#[pyclass(frozen, module = "vhost_user._core")]
+#[derive(Debug)]
+pub struct LatePages {
+    core: frontend::LatePages,
+}
+
+#[pymethods]
+impl LatePages {
+    /// Readable when there may be a page that is wanted.
+    fn fileno(&self) -> i32 {
+        self.core.as_fd().as_raw_fd()
+    }
+
+    /// The guest address of a page that the back-end waits for.
+    fn wanted(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        self.core.wanted().map_err(|error| to_python(py, error))
+    }
+
+    /// Provide whole pages. Returns false if the first one is there already.
+    fn provide(&self, py: Python<'_>, guest_address: u64, data: PyBackedBytes) -> PyResult<bool> {
+        py.detach(|| self.core.provide(guest_address, &data)).map_err(|error| to_python(py, error))
     }
 }
 

@@ -21,7 +21,7 @@ pub use batch::BatchHandler;
 pub use buffer::GuestBuffer;
 pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
 pub use disk::transfer_blocks;
-pub use frontend::{DirtyLog, Frontend, FrontendQueue, InflightRecord, Memory, add_tables};
+pub use frontend::{DirtyLog, Frontend, FrontendQueue, InflightRecord, LatePages, Memory, add_tables};
 pub use load::{Load, LoadResult};
 pub use request::Request;
 

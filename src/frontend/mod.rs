@@ -9,6 +9,7 @@
 //! | `queue` | one ring with its notifications and the requests that are under way |
 //! | `iommu` | what a device is told of I/O addresses |
 //! | `load` | the same request again and again on such rings, and how long each took |
+//! | `postcopy` | pages that a back-end is given when it touches them |
 //! | `windows` | what a back-end shows beside the rings |
 //!
 //! The back end is the one that is not trusted here: every answer has a deadline, and is checked. Everything can be
@@ -19,6 +20,7 @@ mod iommu;
 mod load;
 mod log;
 mod memory;
+mod postcopy;
 mod queue;
 mod session;
 mod windows;
@@ -27,6 +29,7 @@ pub use iommu::IO_OFFSET;
 pub use load::{Control, Histogram, LoadOptions, Tally, Workload, load};
 pub use log::DirtyLog;
 pub use memory::{Allocation, Memory};
+pub use postcopy::LatePages;
 pub use queue::{Completion, Queue, QueueOptions};
 pub use session::{Event, Frontend, InflightRecord, Offer, Reply};
 

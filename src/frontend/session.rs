@@ -158,7 +158,8 @@ impl Frontend {
             | ProtocolFeatures::SHARED_OBJECT.0
             | ProtocolFeatures::SHMEM.0
             | ProtocolFeatures::LOG_SHMFD.0
-            | ProtocolFeatures::DEVICE_STATE.0,
+            | ProtocolFeatures::DEVICE_STATE.0
+            | ProtocolFeatures::PAGEFAULT.0,
     );
 
     /// Take over a connected AF_UNIX stream socket. `timeout` is how long an answer may take.
@@ -383,6 +384,36 @@ impl Frontend {
             }
         }
         Ok(())
+    }
+
+    /// Send the table of `memories` whose pages come later. Returns it with the back-end's addresses.
+    pub(super) fn send_late_table(&self, memories: &[Arc<Memory>]) -> Result<Vec<Region>, Error> {
+        let mut shared = lock(&self.shared);
+        if !shared.is_empty() {
+            return Err(Error::State("memory is shared already; postcopy has to begin before".to_owned()));
+        }
+        let wanted: Vec<(Region, &Arc<Memory>, BorrowedFd<'_>)> = memories
+            .iter()
+            .flat_map(|memory| memory.regions().map(move |(region, file)| (self.describe(region), memory, file)))
+            .collect();
+        if wanted.is_empty() || wanted.len() > MemoryTable::MAX_REGIONS {
+            let (came, most) = (wanted.len(), MemoryTable::MAX_REGIONS);
+            return Err(Error::State(format!("{came} regions to share; for postcopy there have to be 1 to {most}")));
+        }
+        if self.is_behind_iommu() {
+            wanted.iter().for_each(|(region, ..)| self.iommu.map_region(*region));
+        }
+        let (regions, files): (Vec<_>, Vec<_>) = wanted.iter().map(|(region, _, file)| (*region, *file)).unzip();
+        let message = FrontendMessage::SetMemTable(MemoryTable { regions: regions.clone() });
+        let Reply { payload, .. } = self.exchange(&message, &files)?.unwrap_or_default();
+        let told = MemoryTable::decode(&payload)
+            .map_err(|reason| self.give_up(&message, &format!("the reply makes no sense: {reason}")))?;
+        let keys = |regions: &[Region]| regions.iter().map(|it| (it.guest_address, it.size)).collect::<Vec<_>>();
+        if keys(&told.regions) != keys(&regions) {
+            return Err(self.give_up(&message, "the reply is of other regions than the request"));
+        }
+        *shared = wanted.into_iter().map(|(region, memory, _)| (region, Arc::clone(memory))).collect();
+        Ok(told.regions)
     }
 
     // --- Kinds of addresses -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use super::fault;
+use super::userfault::Pages;
 use crate::error::Error;
 
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
@@ -20,6 +21,7 @@ pub struct Mapping {
     /// What is really mapped: whole pages.
     pages: NonNull<u8>,
     pages_length: usize,
+    page: usize,
     watched: &'static fault::Watched,
 }
 
@@ -86,7 +88,7 @@ impl Mapping {
         // SAFETY: `slack < page <= pages_length`, so the pointer stays inside the mapping.
         let start = unsafe { pages.add(slack as usize) };
         let watched = fault::watch(first, first + pages_length, page);
-        Ok(Self { start, length: size as usize, pages, pages_length, watched })
+        Ok(Self { start, length: size as usize, pages, pages_length, page, watched })
     }
 
     /// The first byte of those that were asked for; all of them can be accessed.
@@ -105,6 +107,11 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         false
+    }
+
+    /// All that is mapped, and in which units.
+    pub(super) fn pages(&self) -> Pages {
+        Pages { start: self.pages, length: self.pages_length, page: self.page }
     }
 
     /// Whether the file shrank while it was mapped.

@@ -18,6 +18,7 @@ mod mapping;
 mod region;
 mod snapshot;
 pub mod transfer;
+mod userfault;
 
 pub use fault::faults_seen;
 pub use iotlb::{Access, Iotlb, IovaRange, Permission, Unmapped};
@@ -25,6 +26,7 @@ pub use log::{DirtyLog, PAGE_SIZE};
 pub use mapping::Mapping;
 pub use region::Region;
 pub use snapshot::{OutsideMemory, Segment, Snapshot, Untranslated, for_range};
+pub use userfault::{Pages, Userfault};
 
 #[cfg(test)]
 mod tests;

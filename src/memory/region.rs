@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use super::mapping::Mapping;
+use super::userfault::Pages;
 use crate::error::Error;
 use crate::protocol;
 
@@ -51,6 +52,12 @@ impl Region {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.mapping.is_lost()
+    }
+
+    /// The pages that it is in.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        self.mapping.pages()
     }
 
     /// Where the region begins in this process.

@@ -150,6 +150,12 @@ impl Snapshot {
         self.iotlb.as_ref()
     }
 
+    /// By guest address.
+    #[must_use]
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
     /// How many regions there are.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -295,3 +295,76 @@ fn a_pointer_is_translated_back_to_its_guest_address() {
     }
     assert_eq!(snapshot.guest_address(std::ptr::NonNull::dangling()), None);
 }
+
+/// Guest memory of which no page is there.
+fn late_region(pages: u64) -> Arc<Region> {
+    Arc::new(Region::map(region(0x10_0000, pages * 0x1000, 0), file(pages * 0x1000)).unwrap())
+}
+
+fn byte_at(region: &Region, offset: u64) -> u8 {
+    let mut byte = [0];
+    // SAFETY: the offset is inside the region, which the caller holds.
+    unsafe { access::read(region.pointer(offset).as_ptr(), &mut byte) };
+    byte[0]
+}
+
+fn wait_for_fault(userfault: &Userfault) -> u64 {
+    let mut ready = [rustix::event::PollFd::new(userfault, rustix::event::PollFlags::IN)];
+    assert_eq!(rustix::event::poll(&mut ready, None), Ok(1));
+    userfault.next_fault().unwrap().unwrap()
+}
+
+#[test]
+fn whoever_touches_a_missing_page_waits_until_it_is_provided() {
+    let (region, userfault) = (late_region(3), Userfault::open().unwrap());
+    userfault.register(region.pages()).unwrap();
+    let start = region.host().addr().get() as u64;
+    let reader = std::thread::spawn({
+        let region = Arc::clone(&region);
+        move || (byte_at(&region, 0x1005), byte_at(&region, 0x2005))
+    });
+    assert_eq!(wait_for_fault(&userfault), start + 0x1000);
+    assert!(userfault.copy(start + 0x1000, &[7; 0x2000]).unwrap());
+    assert_eq!(reader.join().unwrap(), (7, 7));
+    assert!(!userfault.copy(start + 0x1000, &[8; 0x1000]).unwrap(), "a page that is there stays");
+    assert_eq!(byte_at(&region, 0x1005), 7);
+    userfault.unregister(region.pages()).unwrap();
+    assert_eq!(byte_at(&region, 0), 0);
+    assert!(!region.is_lost());
+}
+
+#[test]
+fn a_page_that_never_comes_is_lost_and_in_a_system_call_an_error() {
+    let (region, userfault) = (late_region(4), Userfault::open().unwrap());
+    userfault.register(region.pages()).unwrap();
+    let start = region.host().addr().get() as u64;
+    assert!(userfault.copy(start + 0x1000, &[7; 0x1000]).unwrap());
+    let (zeroes, seen) = (file(0x1000), faults_seen());
+    let reader = std::thread::spawn({
+        let region = Arc::clone(&region);
+        move || byte_at(&region, 0x2000)
+    });
+    wait_for_fault(&userfault);
+    userfault.poison(region.pages()).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
+    assert!(region.is_lost() && faults_seen() > seen);
+    assert_eq!(byte_at(&region, 0x1000), 7, "what was there is there");
+    // SAFETY: the page is inside the region; what a reader finds in it is up to the file.
+    let result = unsafe {
+        libc::pwrite(std::os::fd::AsRawFd::as_raw_fd(&zeroes), region.pointer(0x3000).as_ptr().cast(), 0x1000, 0)
+    };
+    assert_eq!((result, std::io::Error::last_os_error().raw_os_error()), (-1, Some(libc::EFAULT)));
+}
+
+#[test]
+fn pages_of_files_on_a_disk_cannot_be_waited_for() {
+    let path = std::env::temp_dir().join(format!("late-{}", std::process::id()));
+    let disk = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    disk.set_len(0x1000).unwrap();
+    if rustix::fs::fstatfs(&disk).unwrap().f_type == 0x0102_1994 {
+        return; // A temporary directory in memory.
+    }
+    let region = Region::map(region(0, 0x1000, 0), &disk).unwrap();
+    assert!(Userfault::open().unwrap().register(region.pages()).unwrap_err().to_string().contains("waiting for"));
+}
