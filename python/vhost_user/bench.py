@@ -288,8 +288,10 @@ def _run(
     outcome: list[LoadResult | BaseException] = []
     # Not join(), which takes a thread for ended when a signal interrupts it (CPython 3.11).
     over = threading.Event()
+    ready = threading.Event()
 
     def work() -> None:
+        ready.wait()
         try:
             outcome.append(load.run(seconds, timeout, poll))
         except BaseException as error:
@@ -298,17 +300,20 @@ def _run(
             over.set()
 
     # Signals are for the main thread, which is free to take them.
-    worker = threading.Thread(target=work, name="vhost-user bench")
-    begin = time.monotonic()
-    worker.start()
+    worker = threading.Thread(target=work, name="vhost-user bench", daemon=True)
     interrupted = False
+    worker.start()
     try:
+        # The first request is a reason for Ctrl-C.
+        begin = time.monotonic()
+        ready.set()
         while not over.wait(INTERVAL):
             watch(load.requests, time.monotonic() - begin)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         load.stop()
+        ready.set()
         over.wait()
         worker.join()
     (result,) = outcome

@@ -23,8 +23,8 @@ use crate::error::{Error, RingError};
 use crate::protocol::{BackendMessage, BackendRequest, ProtocolFeatures, ShmemConfig, VirtioFeatures};
 use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
 
-/// Requests that are handled between two looks at the other queues and the front-end.
-const BATCH: usize = 256;
+/// Chains that are kept to be filled again.
+const SPARE: usize = 256;
 
 /// How often a ring without a kick descriptor is looked at, while it is busy and while it is not.
 const POLL_BUSY: Duration = Duration::from_micros(50);
@@ -387,7 +387,7 @@ impl Backend {
         pushed.complete();
         let Pushed { mut spare, mut chains, .. } = pushed;
         spare.append(&mut chains);
-        spare.truncate(BATCH);
+        spare.truncate(SPARE);
         *lock(&self.pushed) = spare;
         result.map(|_| count)
     }
@@ -718,7 +718,7 @@ impl<'py> Turn<'_, 'py> {
         };
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
         let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
-        match vring.take(BATCH, &mut workspace.chains, &mut workspace.spare) {
+        match workspace.take(vring) {
             Taken::Chains(run) => {
                 let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
                 self.survive(result, "making a request");

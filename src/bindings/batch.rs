@@ -11,7 +11,7 @@ use pyo3::types::PyList;
 use pyo3::{PyTraverseError, PyVisit, ffi};
 
 use super::request::Request;
-use crate::backend::{Run, Vring};
+use crate::backend::{Run, Taken, Vring};
 use crate::virtqueue::{Chain, Used};
 
 /// How long requests that are done may wait for others of their batch before the driver sees them.
@@ -46,6 +46,40 @@ pub(super) struct Workspace {
     used: Vec<Used>,
     /// Completed requests that nobody else has.
     requests: Vec<Py<Request>>,
+    share: Share,
+}
+
+/// How many requests of a queue are handled before the others, and the front-end, are looked at.
+#[derive(Debug)]
+struct Share {
+    requests: usize,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { requests: 64 }
+    }
+}
+
+impl Share {
+    /// What so few requests cost is not worth a look at the clock.
+    const FEW: usize = 8;
+    const MOST: usize = 256;
+    const LONG: Duration = Duration::from_millis(4);
+
+    fn begin(&self, requests: usize) -> Option<Instant> {
+        (requests > Self::FEW).then(Instant::now)
+    }
+
+    /// Of requests that take long there are fewer.
+    fn end(&mut self, begin: Option<Instant>) {
+        let Some(duration) = begin.map(|begin| begin.elapsed()) else { return };
+        if duration > Self::LONG {
+            self.requests = (self.requests / 2).max(Self::FEW);
+        } else if duration < Self::LONG / 4 {
+            self.requests = (self.requests * 2).min(Self::MOST);
+        }
+    }
 }
 
 /// The queue that a batch came on, the life of its ring, and how long what is done may wait.
@@ -70,12 +104,19 @@ impl Workspace {
         handler: &Py<PyAny>,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
+        let begin = self.share.begin(self.chains.len());
         let result = match handler.bind(py).cast::<BatchHandler>() {
             Ok(handler) => self.handle_together(py, origin, handler.get(), failures),
             Err(_) => self.handle_each(py, origin, handler, failures),
         };
         self.publish(origin);
+        self.share.end(begin);
         result
+    }
+
+    /// Take what is available, as much as the others allow.
+    pub(super) fn take(&mut self, vring: &Vring) -> Taken {
+        vring.take(self.share.requests, &mut self.chains, &mut self.spare)
     }
 
     fn handle_each(

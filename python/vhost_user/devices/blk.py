@@ -77,9 +77,6 @@ MAX_RANGES = 32
 MAX_DISCARD_SECTORS = 1 << 22
 MAX_WRITE_ZEROES_SECTORS = 1 << 16
 
-#: What a read or a write goes through, and somebody may override.
-TRANSFER_METHODS = frozenset({"execute", "read", "write"})
-
 # fallocate(2)
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -220,9 +217,9 @@ class Blk(Device, device_id=DeviceId.BLOCK):
     @requestqs.batch_handler
     def transfer(self, requests: list[Request]) -> list[Request]:
         """Do what can be done without Python: reads and writes that are nobody's special wish. Returns the others."""
-        cls = type(self)
-        is_plain = cls.execute is Blk.execute and cls.read is Blk.read and cls.write is Blk.write
-        if not (is_plain and TRANSFER_METHODS.isdisjoint(vars(self))):
+        if any(getattr(type(self), name) is not ours for name, ours in TRANSFER_METHODS.items()):
+            return requests
+        if not TRANSFER_METHODS.keys().isdisjoint(vars(self)):
             return requests
         writes = not self.read_only and self._has_cache
         return transfer_blocks(requests, self._fd, self.capacity, writes, self._transfer_time)
@@ -328,6 +325,10 @@ class Blk(Device, device_id=DeviceId.BLOCK):
         """Flush, unless the driver does that."""
         if not self._has_cache:
             self.flush()
+
+
+#: What a read or a write goes through, and somebody may override or replace.
+TRANSFER_METHODS = {"execute": Blk.execute, "read": Blk.read, "write": Blk.write}
 
 
 def _open(storage: Storage, read_only: bool) -> int:
