@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use rig::{BATCH, Rig, SIZE};
-use vhost_user::virtqueue::{Chain, Ring, RingLimits, RingOptions, SplitRing, Used};
+use vhost_user::virtqueue::{Chain, Little, Ring, RingLimits, RingOptions, SplitRing, Used};
 
 fn main() {
     // Cargo adds an argument of its own.
@@ -16,7 +16,8 @@ fn main() {
     let (Some(batches), Some(descriptors)) = (numbers.next(), numbers.next()) else { return };
     let mut rig = Rig::new(descriptors, 1);
     let options = RingOptions { indirect: true, ..RingOptions::default() };
-    let ring = SplitRing::new(Rig::addresses(), SIZE, 0, options, RingLimits::default(), Arc::clone(&rig.memory));
+    let ring =
+        SplitRing::<Little>::new(Rig::addresses(), SIZE, 0, options, RingLimits::default(), Arc::clone(&rig.memory));
     let mut ring = ring.expect("a ring that is in memory");
     let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
     for _ in 0..batches {

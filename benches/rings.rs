@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rig::{AVAIL, BATCH, DESCRIPTORS, Rig, SIZE, USED};
 use vhost_user::virtqueue::{
-    Chain, Driver, PackedDriver, PackedRing, Ring, RingLimits, RingOptions, SplitDriver, SplitRing, Used,
+    Chain, Driver, Little, PackedDriver, PackedRing, Ring, RingLimits, RingOptions, SplitDriver, SplitRing, Used,
 };
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -26,7 +26,14 @@ fn split(criterion: &mut Criterion) {
     for (descriptors, regions) in [(1, 1), (3, 1), (1, 4), (3, 4), (1, 64), (3, 64)] {
         let mut rig = Rig::new(descriptors, regions);
         let options = RingOptions { indirect: true, ..RingOptions::default() };
-        let ring = SplitRing::new(Rig::addresses(), SIZE, 0, options, RingLimits::default(), Arc::clone(&rig.memory));
+        let ring = SplitRing::<Little>::new(
+            Rig::addresses(),
+            SIZE,
+            0,
+            options,
+            RingLimits::default(),
+            Arc::clone(&rig.memory),
+        );
         let mut ring = ring.expect("a ring that is in memory");
         let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
         measure(criterion, &format!("split/{descriptors} descriptors/{regions} regions"), || {
@@ -46,7 +53,12 @@ fn split(criterion: &mut Criterion) {
 /// Both formats with a driver that fills the ring again, which is not counted: in a packed ring it has to.
 fn refilled(criterion: &mut Criterion) {
     for descriptors in [1, 3] {
-        refill::<SplitRing, SplitDriver>(criterion, "refilled split", descriptors, RingOptions::default());
+        refill::<SplitRing<Little>, SplitDriver<Little>>(
+            criterion,
+            "refilled split",
+            descriptors,
+            RingOptions::default(),
+        );
         let options = RingOptions { packed: true, ..RingOptions::default() };
         refill::<PackedRing, PackedDriver>(criterion, "refilled packed", descriptors, options);
     }

@@ -38,6 +38,7 @@ PEERS = {
 
 SESSION = "test_session.py::test_"
 FRONTEND = "test_frontend.py::test_"
+ENDIAN = "test_cross_endian.py::test_"
 EXTENSIONS = "test_extensions.py::test_"
 WINDOWS = "test_windows.py::test_"
 MIGRATION = "test_migration.py::test_"
@@ -59,6 +60,7 @@ _asked = WINDOWS + "the_device_asks_as_the_specification_says"
 _in_band = IN_BAND + "our_own_front_end_works_in_band"
 _suspended = INFLIGHT + "a_driver_suspends_a_queue_and_lets_it_go_on"
 _killed = INFLIGHT + "every_request_completes_once_however_often_the_device_is_killed"
+_big_endian = ENDIAN + "a_big_endian_ring_works"
 _guests = "QEMU, UML"
 _late = POSTCOPY + "a_device_works_on_a_ring_and_buffers_whose_pages_come_when_it_touches_them"
 _provided = POSTCOPY + "pages_are_provided_as_the_device_touches_them"
@@ -119,7 +121,7 @@ SUPPORT = {
         IOMMU_DRIVER + "devices_work_behind_an_iommu",
         "QEMU, behind an IOMMU",
     ),
-    "SET_VRING_ENDIAN": Support(),
+    "SET_VRING_ENDIAN": Support(_big_endian, ENDIAN + "both_ends_speak_big_endian"),
     "GET_CONFIG": Support(_reply, FRONTEND + "configuration_is_read_and_written", _guests),
     "SET_CONFIG": Support(
         "test_config.py::test_a_driver_writes_parts_of_a_field", FRONTEND + "configuration_is_read_and_written"

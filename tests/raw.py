@@ -562,9 +562,13 @@ class Log:
 
 
 class Ring:
-    """The driver's side of a split ring, field by field. Virtio 1.3, section 2.7."""
+    """The driver's side of a split ring, field by field. Virtio 1.3, section 2.7.
 
-    def __init__(self, memory: Memory, index: int = 0, size: int = 16) -> None:
+    `order` is its byte order, as in :mod:`struct`.
+    """
+
+    def __init__(self, memory: Memory, index: int = 0, size: int = 16, order: str = "<") -> None:
+        self.order = order
         self.memory = memory
         self.index = index
         self.size = size
@@ -595,7 +599,7 @@ class Ring:
     # --- Fields -----------------------------------------------------------------------------------------------------
 
     def set_descriptor(self, at: int, address: int, length: int, flags: int = 0, next: int = 0) -> None:  # noqa: A002
-        self.memory.write(self.descriptors + 16 * at, struct.pack("<QIHH", address, length, flags, next))
+        self.memory.write(self.descriptors + 16 * at, struct.pack(self.order + "QIHH", address, length, flags, next))
 
     @property
     def avail_flags(self) -> int:
@@ -638,11 +642,11 @@ class Ring:
         return self._u16(self.used + 4 + 8 * self.size)
 
     def _u16(self, address: int) -> int:
-        (value,) = struct.unpack("<H", self.memory.read(address, 2))
+        (value,) = struct.unpack(self.order + "H", self.memory.read(address, 2))
         return int(value)
 
     def _set_u16(self, address: int, value: int) -> None:
-        self.memory.write(address, struct.pack("<H", value & 0xFFFF))
+        self.memory.write(address, struct.pack(self.order + "H", value & 0xFFFF))
 
     # --- Requests ---------------------------------------------------------------------------------------------------
 
@@ -668,7 +672,7 @@ class Ring:
         """The same from (address, length, flags); NEXT is set where it belongs. Returns the head."""
         if indirect:
             table = b"".join(
-                struct.pack("<QIHH", address, length, flags | (NEXT if at + 1 < len(pieces) else 0), at + 1)
+                struct.pack(self.order + "QIHH", address, length, flags | (NEXT if at + 1 < len(pieces) else 0), at + 1)
                 for at, (address, length, flags) in enumerate(pieces)
             )
             return self.add_pieces([(self.memory.put(table), len(table), INDIRECT)])
@@ -694,7 +698,7 @@ class Ring:
     def _take(self) -> Iterator[tuple[int, int]]:
         while self.seen != self.used_index:
             slot = self.seen % self.size
-            head, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * slot, 8))
+            head, length = struct.unpack(self.order + "II", self.memory.read(self.used + 4 + 8 * slot, 8))
             self.seen = (self.seen + 1) & 0xFFFF
             yield head, length
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::io::{pread, pwrite};
 use vhost_user::memory::{Segment, Snapshot};
 use vhost_user::protocol::Region;
-use vhost_user::virtqueue::{Chain, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
+use vhost_user::virtqueue::{Chain, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
 
 use super::support::{Input, level, memory_file, number};
 
@@ -33,7 +33,7 @@ const MAX_BYTES: u32 = 0x1000;
 pub fn split(input: &[u8]) {
     level(|| {
         // An input ends where its bytes do, in the middle of whatever.
-        let _ = play::<SplitRing>(false, &mut Input::new(input));
+        let _ = play::<SplitRing<Little>>(false, &mut Input::new(input));
     });
 }
 
@@ -57,7 +57,7 @@ fn play<R: Ring>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
     let mut world = World::new();
     let size = if packed { input.int_in_range(1..=64)? } else { 1u16 << input.int_in_range(0..=6)? };
     let (event_idx, indirect, in_order) = (input.arbitrary()?, input.arbitrary()?, input.ratio(1u8, 4u8)?);
-    let options = RingOptions { packed, event_idx, indirect, in_order };
+    let options = RingOptions { packed, event_idx, indirect, in_order, big_endian: false };
     let base = if packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
     world.avail = base as u16;
     world.write(0, AVAIL + 2, &world.avail.to_le_bytes());

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use rustix::io::{pread, pwrite};
 use vhost_user::memory::Snapshot;
 use vhost_user::protocol::Region;
-use vhost_user::virtqueue::{Driver, Element, Indirect, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used};
+use vhost_user::virtqueue::{
+    Driver, Element, Indirect, Little, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
+};
 
 use super::support::{Input, level, memory_file, number};
 
@@ -33,7 +35,7 @@ struct Given {
 pub fn split(input: &[u8]) {
     level(|| {
         // An input ends where its bytes do, in the middle of whatever.
-        let _ = play::<SplitDriver>(false, &mut Input::new(input));
+        let _ = play::<SplitDriver<Little>>(false, &mut Input::new(input));
     });
 }
 
@@ -50,7 +52,7 @@ fn play<D: Driver>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()>
     let snapshot = Arc::new(Snapshot::from_table(&[REGION], std::slice::from_ref(&file)).unwrap());
     let size = if packed { input.int_in_range(1..=32)? } else { 1u16 << input.int_in_range(0..=5)? };
     let (event_idx, in_order) = (input.arbitrary()?, input.ratio(1u8, 4u8)?);
-    let options = RingOptions { packed, event_idx, indirect: true, in_order };
+    let options = RingOptions { packed, event_idx, indirect: true, in_order, big_endian: false };
     let base = if packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
     let start = REGION.user_address;
     let addresses = RingAddresses { descriptors: start + TABLE, avail: start + AVAIL, used: start + USED };

@@ -132,7 +132,12 @@ impl World {
         }
         let outcome = self.frontend.share(std::slice::from_ref(&memory));
         self.judge(outcome);
-        let options = QueueOptions { size: SIZE, base: number(input)? as u32 & 0xffff, indirect: input.arbitrary()? };
+        let options = QueueOptions {
+            size: SIZE,
+            base: number(input)? as u32 & 0xffff,
+            indirect: input.arbitrary()?,
+            big_endian: false,
+        };
         let queue = Queue::new(Arc::clone(&self.frontend), memory, INDEX, options).unwrap();
         for request in [R::SetVringNum, R::SetVringBase, R::SetVringAddr, R::SetVringCall, R::SetVringErr] {
             self.acknowledge(request, input)?;

@@ -232,6 +232,8 @@ class Backend:
         """Requests that the device has taken from a queue and not completed."""
     def status(self, queue: int) -> str:
         """ "stopped", "disabled", "running" or "broken"."""
+    def is_big_endian(self, queue: int) -> bool:
+        """Whether a queue has the rings of a legacy driver on a big-endian machine."""
     def statistics(self, queue: int) -> dict[str, int]:
         """Counters of a queue, by name."""
 
@@ -467,7 +469,14 @@ class FrontendQueue:
     """The driver's end of one queue. What is behind `vhost_user.DriverQueue`."""
 
     def __new__(
-        cls, frontend: Frontend, memory: Memory, index: int, size: int, base: int, indirect: bool
+        cls,
+        frontend: Frontend,
+        memory: Memory,
+        index: int,
+        size: int,
+        base: int,
+        indirect: bool,
+        big_endian: bool,
     ) -> FrontendQueue: ...
     def start(self) -> None: ...
     def log_used(self, on: bool) -> None:

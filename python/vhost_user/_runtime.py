@@ -290,6 +290,13 @@ class Runtime:
         }
         return sum(int(feature) for feature, is_wanted in wanted.items() if is_wanted)
 
+    def _protocol_features(self) -> int:
+        wanted = {
+            ProtocolFeature.INBAND_NOTIFICATIONS: self.device.in_band,
+            ProtocolFeature.CROSS_ENDIAN: self.device.cross_endian,
+        }
+        return sum((int(feature) for feature, is_wanted in wanted.items() if is_wanted), int(self.device._offers))
+
     def _bound_handlers(self) -> list[Callable[[Request], object] | BatchHandler | None]:
         """What takes the requests of each queue."""
         return [

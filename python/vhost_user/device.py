@@ -82,6 +82,13 @@ class Device:
     packed_rings: bool = False
     in_order: bool = False
 
+    #: Whether the device takes legacy drivers on big-endian machines (the protocol feature CROSS_ENDIAN): those that do
+    #: not accept VERSION_1. The rings are converted. What is in requests and in the configuration space is not: it has
+    #: the byte order that :attr:`DeviceQueue.byteorder` tells, and this device has to look at it wherever it packs or
+    #: unpacks; the configuration space is written in it in :meth:`on_queue_start`. An instance may decide for itself
+    #: before it is served. vhost-user specification, VHOST_USER_SET_VRING_ENDIAN; Virtio 1.3, section 2.7.3.
+    cross_endian: bool = False
+
     #: Filled in for every subclass.
     _queues: ClassVar[list[Queue]] = []
     _handlers: ClassVar[Mapping[Queue, str]] = {}

@@ -621,7 +621,14 @@ class Frontend:
     # --- Queues -----------------------------------------------------------------------------------------------------
 
     def queue(
-        self, index: int, size: int = 256, *, base: int = 0, indirect: bool = True, start: bool = True
+        self,
+        index: int,
+        size: int = 256,
+        *,
+        base: int = 0,
+        indirect: bool = True,
+        byteorder: Literal["little", "big"] = "little",
+        start: bool = True,
     ) -> DriverQueue:
         """Make the queue `index`, with `size` descriptors, and start it.
 
@@ -630,10 +637,17 @@ class Frontend:
         which 0 is that of a new one, 0x80008000. With `indirect`, requests of several parts are put into indirect
         tables if INDIRECT_DESC was negotiated. vhost-user specification, "A vring state description".
 
+        The ring is little-endian, or, with `byteorder` "big", that of a legacy driver on a big-endian machine: the
+        device has to offer CROSS_ENDIAN (:attr:`Device.cross_endian`), and ``negotiate`` has to be given features
+        without VERSION_1. What is in requests is the caller's to swap. vhost-user specification,
+        VHOST_USER_SET_VRING_ENDIAN.
+
         Raises:
-            StateError: the queue is there and runs, the size cannot be, or memory is too small.
+            StateError: the queue is there and runs, the size cannot be, memory is too small, or the queue cannot be
+                big-endian with what was negotiated.
+            ValueError: `byteorder` is neither "little" nor "big".
         """
-        queue = self._make_queue(index, size, base, indirect)
+        queue = self._make_queue(index, size, base, indirect, byteorder)
         if start:
             self._start(queue)
             self._set_ready()
@@ -652,7 +666,11 @@ class Frontend:
         """The queues that were made, by index."""
         return [self._queues[index] for index in sorted(self._queues)]
 
-    def _make_queue(self, index: int, size: int, base: int, indirect: bool) -> DriverQueue:
+    def _make_queue(
+        self, index: int, size: int, base: int, indirect: bool, byteorder: Literal["little", "big"] = "little"
+    ) -> DriverQueue:
+        if byteorder not in ("little", "big"):
+            raise ValueError(f'a ring is "little" or "big" endian, not {byteorder!r}')
         if not 0 <= index < 256:
             raise StateError(f"vhost-user can name the queues 0 to 255, not {index}")
         if not 0 < size <= 1 << 15:
@@ -662,7 +680,7 @@ class Frontend:
             if old.running:
                 raise StateError(f"queue {index} is running; stop it first")
             old._end(StateError(f"queue {index}: it was made anew"))
-        core = _core.FrontendQueue(self._session, self.memory, index, size, base, indirect)
+        core = _core.FrontendQueue(self._session, self.memory, index, size, base, indirect, byteorder == "big")
         queue = self._queues[index] = DriverQueue(core, index, size, self.timeout)
         queue._survives = self._inflight is not None
         return queue

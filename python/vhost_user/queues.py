@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
 
 from .errors import DeclarationError, QueueFull, RequestOverflow
 
@@ -164,6 +164,15 @@ class DeviceQueue:
     def status(self) -> str:
         """ "stopped", "disabled", "running" or "broken". vhost-user specification, "Ring states"."""
         return self._backend.status(self.index) if self._backend else "stopped"
+
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """In which byte order the driver is: "big" for legacy drivers on big-endian machines.
+
+        Always "little" unless the device sets :attr:`Device.cross_endian`. It is known when the queue starts, and good
+        for ``int.from_bytes``; for :mod:`struct`, "little" is ``<`` and "big" is ``>``.
+        """
+        return "big" if self._backend and self._backend.is_big_endian(self.index) else "little"
 
     @property
     def available(self) -> int:

@@ -536,6 +536,7 @@ impl Session {
             }
             M::SetVringNum(VringState { num, .. }) => self.vring(queue).set_size(num).map_err(refuse)?,
             M::SetVringBase(VringState { num, .. }) => self.vring(queue).set_base(num).map_err(refuse)?,
+            M::SetVringEndian(VringState { num, .. }) => self.set_vring_endian(queue, num).map_err(refuse)?,
             M::SetVringAddr(address @ VringAddress { descriptors, avail, used, .. }) => {
                 let addresses = RingAddresses { descriptors, avail, used };
                 self.vring(queue).set_addresses(addresses, address.used_log()).map_err(refuse)?;
@@ -678,11 +679,15 @@ impl Session {
             in_order: features.contains(VirtioFeatures::IN_ORDER),
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
+            big_endian: false,
         };
-        self.vrings.iter().try_for_each(|vring| vring.check_options(options))?;
+        // Every other one is little-endian whatever was said.
+        let may_be_big = is_legacy(features);
+        let options_of = |vring: &Vring| RingOptions { big_endian: may_be_big && vring.is_big_endian(), ..options };
+        self.vrings.iter().try_for_each(|vring| vring.check_options(options_of(vring)))?;
         self.set_iommu(features.contains(VirtioFeatures::ACCESS_PLATFORM))?;
         for vring in self.vrings.iter() {
-            vring.set_options(options);
+            vring.set_options(options_of(vring));
             if !features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
                 vring.set_enabled(true);
             }
@@ -696,6 +701,24 @@ impl Session {
             hooks.features_negotiated(features.without(VirtioFeatures::LOG_ALL).0);
         }
         Ok(())
+    }
+
+    /// Only rings of legacy drivers have a byte order to choose.
+    fn set_vring_endian(&self, queue: u16, order: u32) -> Result<(), String> {
+        let big_endian = match order {
+            0 => false,
+            1 => true,
+            other => return Err(format!("queue {queue}: {other} is neither 0 (little-endian) nor 1 (big-endian)")),
+        };
+        match self.features {
+            None => Err("it comes before SET_FEATURES, which says whether the driver is a legacy one".to_owned()),
+            Some(features) if is_legacy(features) => self.vring(queue).set_big_endian(big_endian),
+            Some(_) => {
+                Err("VERSION_1 or RING_PACKED was negotiated, and then every ring is little-endian; it is for legacy \
+                     drivers only"
+                    .to_owned())
+            }
+        }
     }
 
     /// When this returns, nothing is marked in the log of before any more.
@@ -1121,6 +1144,11 @@ impl Session {
         }
         Err(error)
     }
+}
+
+/// Whether the rings of a driver that accepted `features` have its machine's byte order. Virtio 1.3, section 2.7.3.
+fn is_legacy(features: VirtioFeatures) -> bool {
+    !features.contains(VirtioFeatures::VERSION_1) && !features.contains(VirtioFeatures::RING_PACKED)
 }
 
 impl AsFd for Session {

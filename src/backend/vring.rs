@@ -17,8 +17,8 @@ use super::translation::Translation;
 use crate::error::RingError;
 use crate::memory::{DirtyLog, IovaRange, Snapshot};
 use crate::virtqueue::{
-    Chain, InflightSlot, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, SplitRing, Used,
-    Written,
+    Big, Chain, InflightSlot, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers,
+    SplitRing, Used, Written,
 };
 
 /// Counters of one queue, since the device was made.
@@ -87,15 +87,17 @@ enum State {
 /// A ring in one of the formats.
 #[derive(Debug)]
 enum AnyRing {
-    Split(Box<SplitRing>),
+    Split(Box<SplitRing<Little>>),
+    BigEndian(Box<SplitRing<Big>>),
     Packed(Box<PackedRing>),
 }
 
-/// Work on a ring in either format: the one place where they part, once per batch.
+/// Work on a ring in any format: the one place where they part, once per batch.
 macro_rules! on_ring {
     ($ring:expr, $name:ident => $work:expr) => {
         match $ring {
             AnyRing::Split($name) => $work,
+            AnyRing::BigEndian($name) => $work,
             AnyRing::Packed($name) => $work,
         }
     };
@@ -454,6 +456,21 @@ impl Vring {
         Ok(())
     }
 
+    /// SET_VRING_ENDIAN, of a legacy driver.
+    pub(super) fn set_big_endian(&self, big_endian: bool) -> Result<(), String> {
+        let mut inner = self.lock();
+        inner.refuse_if_active()?;
+        self.stop_here(&mut inner);
+        inner.options.big_endian = big_endian;
+        Ok(())
+    }
+
+    /// Whether the ring is big-endian: SET_VRING_ENDIAN said so.
+    #[must_use]
+    pub fn is_big_endian(&self) -> bool {
+        self.lock().options.big_endian
+    }
+
     /// SET_INFLIGHT_FD: from the next start on, the ring keeps a record of what is in flight, and begins with what it
     /// finds there.
     pub(super) fn set_record(&self, record: Option<InflightSlot>) {
@@ -792,6 +809,7 @@ impl Vring {
         self.forget_run(&mut inner, retire);
         inner.state = State::Stopped { base: 0 };
         inner.record = None;
+        inner.options.big_endian = false;
         inner.addresses = None;
         inner.used_log = None;
         inner.logging = Logging::default();
@@ -934,6 +952,8 @@ impl AnyRing {
         let snapshot = Arc::clone(snapshot);
         Ok(if options.packed {
             Self::Packed(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
+        } else if options.big_endian {
+            Self::BigEndian(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
         } else {
             Self::Split(Box::new(Ring::new(addresses, size, base, options, limits, snapshot)?))
         })
@@ -942,6 +962,7 @@ impl AnyRing {
     fn recover(self, record: &InflightSlot) -> Result<Self, RingError> {
         match self {
             Self::Split(ring) => ring.recover(record).map(|ring| Self::Split(Box::new(ring))),
+            Self::BigEndian(ring) => ring.recover(record).map(|ring| Self::BigEndian(Box::new(ring))),
             Self::Packed(ring) => ring.recover(record).map(|ring| Self::Packed(Box::new(ring))),
         }
     }

@@ -412,6 +412,11 @@ impl Backend {
         })
     }
 
+    /// Whether a queue has the rings of a legacy driver on a big-endian machine.
+    fn is_big_endian(&self, queue: usize) -> PyResult<bool> {
+        self.vring(queue).map(|vring| vring.is_big_endian())
+    }
+
     /// A device that keeps a watch or a timer makes a cycle: device, watch, this, runtime, device.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.runtime)?;

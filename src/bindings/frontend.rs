@@ -490,18 +490,19 @@ pub struct FrontendQueue {
 impl FrontendQueue {
     #[new]
     fn new(
-        py: Python<'_>,
-        frontend: Py<Frontend>,
+        frontend: Bound<'_, Frontend>,
         memory: &Memory,
         index: u8,
         size: u16,
         base: u32,
         indirect: bool,
+        big_endian: bool,
     ) -> PyResult<Self> {
-        let options = QueueOptions { size, base, indirect };
+        let options = QueueOptions { size, base, indirect, big_endian };
         let session = Arc::clone(&frontend.get().core);
         let core = frontend::Queue::new(session, Arc::clone(&memory.core), index, options);
-        Ok(Self { core: core.map_err(|error| to_python(py, error))?, frontend: Mutex::new(frontend) })
+        let core = core.map_err(|error| to_python(frontend.py(), error))?;
+        Ok(Self { core, frontend: Mutex::new(frontend.unbind()) })
     }
 
     fn start(&self, py: Python<'_>) -> PyResult<()> {

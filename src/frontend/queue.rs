@@ -14,9 +14,9 @@ use super::session::InBand;
 use super::{Frontend, Memory, lock};
 use crate::error::{Error, RingError};
 use crate::memory::Snapshot;
-use crate::protocol::{FrontendMessage, VirtioFeatures, VringAddress, VringDescriptor, VringState};
+use crate::protocol::{FrontendMessage, ProtocolFeatures, VirtioFeatures, VringAddress, VringDescriptor, VringState};
 use crate::virtqueue::{
-    Driver, Element, Indirect, MAX_QUEUE_SIZE, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
+    Big, Driver, Element, Indirect, Little, MAX_QUEUE_SIZE, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
 };
 
 /// Parts of a request begin at multiples of their size, as far as somebody might care: a page, for direct I/O.
@@ -31,20 +31,24 @@ pub struct QueueOptions {
     pub base: u32,
     /// Put requests of several parts into indirect tables, if that was negotiated.
     pub indirect: bool,
+    /// Lay the ring out as a legacy driver on a big-endian machine does. Needs CROSS_ENDIAN, and no VERSION_1.
+    pub big_endian: bool,
 }
 
 /// A ring in the format that was negotiated.
 #[derive(Debug)]
 pub(super) enum AnyDriver {
-    Split(SplitDriver),
+    Split(SplitDriver<Little>),
+    BigEndian(SplitDriver<Big>),
     Packed(PackedDriver),
 }
 
-/// Work on a ring in either format.
+/// Work on a ring in any format.
 macro_rules! on_driver {
     ($driver:expr, $name:ident => $work:expr) => {
         match $driver {
             AnyDriver::Split($name) => $work,
+            AnyDriver::BigEndian($name) => $work,
             AnyDriver::Packed($name) => $work,
         }
     };
@@ -74,6 +78,7 @@ pub struct Queue {
     device_offset: u64,
     /// Whether requests of several parts go into indirect tables.
     indirect: bool,
+    big_endian: bool,
     /// Whether notifications are messages.
     in_band: bool,
     kick: OwnedFd,
@@ -115,7 +120,7 @@ struct Request {
 impl Queue {
     /// Make a queue in `memory`, which has to be shared before [`start`](Self::start).
     pub fn new(frontend: Arc<Frontend>, memory: Arc<Memory>, index: u8, options: QueueOptions) -> Result<Self, Error> {
-        let QueueOptions { size, base, indirect } = options;
+        let QueueOptions { size, base, indirect, big_endian } = options;
         let in_band = frontend.is_in_band();
         let features = frontend.features();
         let ring_options = RingOptions {
@@ -123,7 +128,20 @@ impl Queue {
             in_order: features.contains(VirtioFeatures::IN_ORDER),
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
+            big_endian,
         };
+        if big_endian && (features.contains(VirtioFeatures::VERSION_1) || ring_options.packed) {
+            return Err(Error::State(format!(
+                "queue {index} cannot be big-endian: only legacy drivers have such rings; negotiate neither VERSION_1 nor \
+                 RING_PACKED"
+            )));
+        }
+        let tells_order = frontend.protocol_features().contains(ProtocolFeatures::CROSS_ENDIAN);
+        if big_endian && !tells_order {
+            return Err(Error::State(format!(
+                "queue {index} cannot be big-endian: the back-end did not offer CROSS_ENDIAN, or it was not negotiated"
+            )));
+        }
         if size == 0 || size > MAX_QUEUE_SIZE || !size.is_power_of_two() && !ring_options.packed {
             let wants = if ring_options.packed { "packed ring needs 1" } else { "split ring needs a power of two up" };
             return Err(Error::State(format!(
@@ -152,6 +170,7 @@ impl Queue {
             index,
             addresses,
             indirect: indirect && ring_options.indirect,
+            big_endian,
             in_band,
             kick: event()?,
             call: event()?,
@@ -184,6 +203,9 @@ impl Queue {
         let tell = |message, descriptors: &[_]| frontend.tell(&message, descriptors);
         tell(FrontendMessage::SetVringNum(VringState { index, num: size.into() }), &[])?;
         tell(FrontendMessage::SetVringBase(VringState { index, num: base }), &[])?;
+        if self.big_endian {
+            tell(FrontendMessage::SetVringEndian(VringState { index, num: 1 }), &[])?;
+        }
         self.set_addresses()?;
         if self.in_band {
             let again = |event: &OwnedFd| {
@@ -546,6 +568,8 @@ impl AnyDriver {
     ) -> Result<Self, RingError> {
         Ok(if options.packed {
             Self::Packed(PackedDriver::new(addresses, size, base, options, snapshot)?)
+        } else if options.big_endian {
+            Self::BigEndian(SplitDriver::new(addresses, size, base, options, snapshot)?)
         } else {
             Self::Split(SplitDriver::new(addresses, size, base, options, snapshot)?)
         })

@@ -142,6 +142,7 @@ impl Frontend {
             | ProtocolFeatures::REPLY_ACK.0
             | ProtocolFeatures::BACKEND_REQ.0
             | ProtocolFeatures::CONFIG.0
+            | ProtocolFeatures::CROSS_ENDIAN.0
             | ProtocolFeatures::RESET_DEVICE.0
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0
             | ProtocolFeatures::STATUS.0

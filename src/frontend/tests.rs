@@ -22,7 +22,7 @@ use crate::protocol::{
     Empty, Flags, FrontendMessage, Header, ProtocolFeatures, Region, U64, VirtioFeatures, VringAddress, VringState,
 };
 use crate::transport::{Connection, Frame};
-use crate::virtqueue::{Chain, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
+use crate::virtqueue::{Chain, Little, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
 
 const FEATURES: u64 = VirtioFeatures::VERSION_1.0
     | VirtioFeatures::INDIRECT_DESC.0
@@ -393,7 +393,7 @@ struct Notifications {
 fn scripted_queue(
     size: u16,
     indirect: bool,
-    device: impl FnOnce(&mut SplitRing, Notifications, Peer) + Send + 'static,
+    device: impl FnOnce(&mut SplitRing<Little>, Notifications, Peer) + Send + 'static,
 ) -> (Queue, JoinHandle<()>) {
     let (frontend, peer) = with_script(Duration::from_secs(5), move |mut peer| {
         peer.shake_hands(ProtocolFeatures::default());
@@ -411,19 +411,19 @@ fn scripted_queue(
         let VringAddress { descriptors: table, avail, used, .. } = address;
         let addresses = RingAddresses { descriptors: table, avail, used };
         let options = RingOptions { event_idx: true, indirect: true, ..RingOptions::default() };
-        let mut ring = SplitRing::new(addresses, size, 0, options, RingLimits::default(), snapshot).unwrap();
+        let mut ring = SplitRing::<Little>::new(addresses, size, 0, options, RingLimits::default(), snapshot).unwrap();
         device(&mut ring, Notifications { kick, call, error }, peer);
     });
     frontend.handshake(Frontend::SUPPORTED).unwrap();
     frontend.set_features(FEATURES).unwrap();
     let memory = Arc::new(Memory::new(1 << 20).unwrap());
     frontend.share(std::slice::from_ref(&memory)).unwrap();
-    let queue = Queue::new(frontend, memory, 0, QueueOptions { size, base: 0, indirect }).unwrap();
+    let queue = Queue::new(frontend, memory, 0, QueueOptions { size, base: 0, indirect, big_endian: false }).unwrap();
     queue.start().unwrap();
     (queue, peer)
 }
 
-fn take(ring: &mut SplitRing) -> Chain {
+fn take(ring: &mut SplitRing<Little>) -> Chain {
     let mut chain = Chain::default();
     while ring.available().unwrap() == 0 {
         thread::sleep(Duration::from_millis(1));
@@ -679,7 +679,7 @@ fn start(frontend: &Arc<Frontend>, index: u8, features: u64, options: QueueOptio
     queue
 }
 
-const OPTIONS: QueueOptions = QueueOptions { size: 64, base: 0, indirect: true };
+const OPTIONS: QueueOptions = QueueOptions { size: 64, base: 0, indirect: true, big_endian: false };
 
 #[test]
 fn a_request_goes_there_and_back_whatever_was_negotiated() {

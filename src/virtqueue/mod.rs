@@ -6,6 +6,7 @@
 mod chain;
 mod crash;
 mod driver;
+mod endian;
 mod inflight;
 mod order;
 mod packed;
@@ -17,6 +18,7 @@ mod walk;
 
 pub use chain::{Chain, Used};
 pub use driver::{Driver, Element, Indirect};
+pub use endian::{Big, Endian, Little};
 pub use inflight::{Format, InflightBuffer, InflightSlot};
 pub use packed::PackedRing;
 pub use packed_driver::PackedDriver;

@@ -151,6 +151,8 @@ pub struct RingOptions {
     pub indirect: bool,
     /// Whether chains are given back in the order in which they were made available.
     pub in_order: bool,
+    /// Whether a split ring is that of a legacy driver on a big-endian machine.
+    pub big_endian: bool,
 }
 
 /// What the device puts up with, whatever the driver may do.

@@ -4,11 +4,13 @@
 //! Virtio 1.3, section 2.7.
 
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::{Chain, Used};
 use super::crash;
+use super::endian::Endian;
 use super::inflight::{InflightSlot, SplitRecord};
 use super::order::Order;
 use super::ring::{
@@ -22,15 +24,16 @@ pub(super) const AVAIL_NO_INTERRUPT: u16 = 1;
 pub(super) const USED_NO_NOTIFY: u16 = 1;
 
 impl Descriptor {
-    fn from_split([address, rest]: [u64; 2]) -> Self {
-        let (address, rest) = (u64::from_le(address), u64::from_le(rest));
-        Self { address, length: rest as u32, flags: (rest >> 32) as u16, link: (rest >> 48) as u16 }
+    fn from_split<E: Endian>([address, rest]: [u64; 2]) -> Self {
+        let (length, flags, link) = E::unpack(rest);
+        Self { address: E::u64(address), length, flags, link }
     }
 }
 
 /// A running split ring.
 #[derive(Debug)]
-pub struct SplitRing {
+pub struct SplitRing<E: Endian> {
+    endian: PhantomData<E>,
     parts: Parts,
     size: u16,
     options: RingOptions,
@@ -66,9 +69,9 @@ struct Recorded {
 
 // SAFETY: the pointers are into shared memory that `walk.snapshot` keeps mapped, and the ring is used by one thread at a
 // time: every method that touches them takes `&mut self`.
-unsafe impl Send for SplitRing {}
+unsafe impl<E: Endian> Send for SplitRing<E> {}
 
-impl Ring for SplitRing {
+impl<E: Endian> Ring for SplitRing<E> {
     /// The used index is the one that the ring itself says.
     fn new(
         addresses: RingAddresses,
@@ -84,6 +87,7 @@ impl Ring for SplitRing {
         let base = u16::try_from(base).map_err(|_| RingError::ImpossibleBase { base, size })?;
         let parts = Parts::resolve(addresses, size, &snapshot, options)?;
         let mut ring = Self {
+            endian: PhantomData,
             parts,
             size,
             options,
@@ -99,7 +103,7 @@ impl Ring for SplitRing {
             order: options.in_order.then(Order::default),
             record: None,
         };
-        ring.next_used = u16::from_le(ring.used_index().load(Ordering::Relaxed));
+        ring.next_used = E::u16(ring.used_index().load(Ordering::Relaxed));
         ring.published = ring.next_used;
         Ok(ring)
     }
@@ -159,7 +163,7 @@ impl Ring for SplitRing {
     }
 
     fn available(&mut self) -> Result<u16, RingError> {
-        let avail = u16::from_le(self.avail_index().load(Ordering::Acquire));
+        let avail = E::u16(self.avail_index().load(Ordering::Acquire));
         let waiting = avail.wrapping_sub(self.next_avail);
         let again = self.resubmitting();
         let free = self.size - self.order.as_ref().map_or(self.in_flight, Order::waiting) - again;
@@ -233,7 +237,7 @@ impl Ring for SplitRing {
         if let Some(recorded) = &mut self.record {
             recorded.record.before_publish();
         }
-        self.used_index().store(self.next_used.to_le(), Ordering::Release);
+        self.used_index().store(E::u16(self.next_used), Ordering::Release);
         crash::point();
         if let Some(recorded) = &mut self.record {
             recorded.record.after_publish(self.next_used);
@@ -242,10 +246,10 @@ impl Ring for SplitRing {
         fence(Ordering::SeqCst);
         let since = self.decided.replace(self.next_used);
         if self.options.event_idx {
-            let event = u16::from_le(self.used_event().load(Ordering::Relaxed));
+            let event = E::u16(self.used_event().load(Ordering::Relaxed));
             since.is_none_or(|since| needs_event(event, self.next_used, since))
         } else {
-            u16::from_le(self.avail_flags().load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
+            E::u16(self.avail_flags().load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
         }
     }
 
@@ -268,13 +272,13 @@ impl Ring for SplitRing {
     fn disable_kicks(&mut self) {
         // With EVENT_IDX the event index of the past does that by itself.
         if !self.options.event_idx {
-            self.used_flags().store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.used_flags().store(E::u16(USED_NO_NOTIFY), Ordering::Relaxed);
         }
     }
 
     fn enable_kicks(&mut self) -> Result<bool, RingError> {
         if self.options.event_idx {
-            self.avail_event().store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.avail_event().store(E::u16(self.next_avail), Ordering::Relaxed);
         } else {
             self.used_flags().store(0, Ordering::Relaxed);
         }
@@ -284,7 +288,7 @@ impl Ring for SplitRing {
     }
 }
 
-impl SplitRing {
+impl<E: Endian> SplitRing<E> {
     /// Take a chain that the record holds. It has its mark, and its place in the available ring is behind us.
     #[cold]
     fn pop_again(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
@@ -313,9 +317,9 @@ impl SplitRing {
         // Its alignment of 4 makes the two stores aligned. The driver does not look before the index says so.
         unsafe {
             let entry = self.parts.used.add(2 + 4 * slot).cast::<u32>();
-            entry.write_volatile(u32::from(used.head).to_le());
+            entry.write_volatile(E::u32(used.head.into()));
             crash::point();
-            entry.add(1).write_volatile(used.written.to_le());
+            entry.add(1).write_volatile(E::u32(used.written));
             crash::point();
         }
         if let Some(recorded) = &mut self.record {
@@ -328,7 +332,7 @@ impl SplitRing {
     fn head_at(&self, index: u16) -> u16 {
         let slot = usize::from(index & (self.size - 1));
         // SAFETY: `slot < size`, and the available ring was resolved over `2 + size` entries at least. The copy is used.
-        u16::from_le(unsafe { self.parts.avail.add(2 + slot).read_volatile() })
+        E::u16(unsafe { self.parts.avail.add(2 + slot).read_volatile() })
     }
 
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
@@ -338,10 +342,10 @@ impl SplitRing {
             // over `size` entries of 16 bytes. The guest may write concurrently: hence volatile copies, used alone.
             let descriptor = unsafe {
                 let entry = self.parts.descriptors.add(2 * usize::from(index));
-                Descriptor::from_split([entry.read_volatile(), entry.add(1).read_volatile()])
+                Descriptor::from_split::<E>([entry.read_volatile(), entry.add(1).read_volatile()])
             };
             if descriptor.flags & INDIRECT != 0 {
-                return self.walk.indirect(index, descriptor, chain, follow_table);
+                return self.walk.indirect(index, descriptor, chain, follow_table::<E>);
             }
             self.walk.add(index, descriptor, chain)?;
             if descriptor.flags & NEXT == 0 {
@@ -388,10 +392,10 @@ impl SplitRing {
 }
 
 /// Add what is in an indirect table, in the order of its links.
-fn follow_table(walk: &mut Walk, entries: &[[u8; 16]], chain: &mut Chain) -> Result<(), RingError> {
+fn follow_table<E: Endian>(walk: &mut Walk, entries: &[[u8; 16]], chain: &mut Chain) -> Result<(), RingError> {
     let mut index = 0;
     for _ in 0..entries.len() {
-        let inner = Descriptor::from_split(words(&entries[usize::from(index)]));
+        let inner = Descriptor::from_split::<E>(words(&entries[usize::from(index)]));
         if inner.flags & INDIRECT != 0 {
             return Err(RingError::NestedIndirect { descriptor: index });
         }

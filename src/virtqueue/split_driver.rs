@@ -4,11 +4,13 @@
 //! Virtio 1.3, section 2.7.
 
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::Used;
 use super::driver::{Driver, Element, Indirect, writable, write_table};
+use super::endian::Endian;
 use super::ring::{Descriptor, NEXT, Parts, RingAddresses, RingOptions, needs_event};
 use super::split::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
 use crate::error::RingError;
@@ -34,7 +36,8 @@ struct Slot {
 
 /// The driver's end of a split ring.
 #[derive(Debug)]
-pub struct SplitDriver {
+pub struct SplitDriver<E: Endian> {
+    endian: PhantomData<E>,
     parts: Parts,
     size: u16,
     event_idx: bool,
@@ -57,9 +60,9 @@ pub struct SplitDriver {
 
 // SAFETY: the pointers are into shared memory that `snapshot` keeps mapped, and every method that changes anything there
 // takes `&mut self`.
-unsafe impl Send for SplitDriver {}
+unsafe impl<E: Endian> Send for SplitDriver<E> {}
 
-impl Driver for SplitDriver {
+impl<E: Endian> Driver for SplitDriver<E> {
     fn new(
         addresses: RingAddresses,
         size: u16,
@@ -72,6 +75,7 @@ impl Driver for SplitDriver {
             return Err(RingError::ImpossibleSize { size });
         }
         let ring = Self {
+            endian: PhantomData,
             parts: Parts::resolve(addresses, size, &snapshot, options)?,
             size,
             event_idx: options.event_idx,
@@ -89,12 +93,12 @@ impl Driver for SplitDriver {
         };
         for part in [Self::avail, Self::used] {
             part(&ring, FLAGS).store(0, Ordering::Relaxed);
-            part(&ring, INDEX).store(base.to_le(), Ordering::Relaxed);
+            part(&ring, INDEX).store(E::u16(base), Ordering::Relaxed);
         }
         if ring.event_idx {
             // Both sides want to hear of the first entry.
-            ring.used_event().store(base.to_le(), Ordering::Relaxed);
-            ring.avail_event().store(base.to_le(), Ordering::Relaxed);
+            ring.used_event().store(E::u16(base), Ordering::Relaxed);
+            ring.avail_event().store(E::u16(base), Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
         Ok(ring)
@@ -113,7 +117,7 @@ impl Driver for SplitDriver {
     }
 
     fn base(&self) -> u32 {
-        u16::from_le(self.used(INDEX).load(Ordering::Acquire)).into()
+        E::u16(self.used(INDEX).load(Ordering::Acquire)).into()
     }
 
     fn add(&mut self, elements: &[Element], indirect: Option<Indirect>) -> Result<u16, RingError> {
@@ -136,7 +140,7 @@ impl Driver for SplitDriver {
                 descriptor.flags |= NEXT;
                 descriptor.link = self.first_free;
             }
-            let words = descriptor.to_words();
+            let words = descriptor.to_split::<E>();
             // SAFETY: `last` came from the free list, so it is less than `size`, and the table was resolved over `size`
             // entries of 16 bytes. The device does not look at an entry before a chain is published that contains it.
             unsafe {
@@ -152,7 +156,7 @@ impl Driver for SplitDriver {
         *slot = Slot { next: slot.next, descriptors, last, added_at: self.next_avail, writable };
 
         let entry = ENTRIES + usize::from(self.next_avail & (self.size - 1));
-        self.avail(entry).store(head.to_le(), Ordering::Relaxed);
+        self.avail(entry).store(E::u16(head), Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
         if let Some(order) = &mut self.order {
             order.push_back(head);
@@ -165,13 +169,13 @@ impl Driver for SplitDriver {
             return false;
         }
         let before = std::mem::replace(&mut self.published, self.next_avail);
-        self.avail(INDEX).store(self.next_avail.to_le(), Ordering::Release);
+        self.avail(INDEX).store(E::u16(self.next_avail), Ordering::Release);
         // The device may be about to sleep: it must see the index, or we must see that it wants a kick.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            needs_event(u16::from_le(self.avail_event().load(Ordering::Relaxed)), self.next_avail, before)
+            needs_event(E::u16(self.avail_event().load(Ordering::Relaxed)), self.next_avail, before)
         } else {
-            u16::from_le(self.used(FLAGS).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
+            E::u16(self.used(FLAGS).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
         }
     }
 
@@ -193,14 +197,14 @@ impl Driver for SplitDriver {
     fn disable_calls(&mut self) {
         // With EVENT_IDX the event index of the past does that by itself.
         if !self.event_idx {
-            self.avail(FLAGS).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
+            self.avail(FLAGS).store(E::u16(AVAIL_NO_INTERRUPT), Ordering::Relaxed);
         }
     }
 
     fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
         if self.event_idx {
             let event = self.next_used.wrapping_add(count.saturating_sub(1));
-            self.used_event().store(event.to_le(), Ordering::Relaxed);
+            self.used_event().store(E::u16(event), Ordering::Relaxed);
         } else {
             self.avail(FLAGS).store(0, Ordering::Relaxed);
         }
@@ -210,7 +214,7 @@ impl Driver for SplitDriver {
     }
 }
 
-impl SplitDriver {
+impl<E: Endian> SplitDriver<E> {
     /// Check the used entry that is next, if there is one, and put what it gives back into `batch`.
     fn take_used(&mut self) -> Result<(), RingError> {
         let done = self.done()?;
@@ -222,7 +226,7 @@ impl SplitDriver {
         // The device may write concurrently: hence volatile copies, used alone.
         let (id, written) = unsafe {
             let entry = self.parts.used.add(at).cast::<u32>();
-            (u32::from_le(entry.read_volatile()), u32::from_le(entry.add(1).read_volatile()))
+            (E::u32(entry.read_volatile()), E::u32(entry.add(1).read_volatile()))
         };
         let unpublished = self.next_avail.wrapping_sub(self.published);
         let Some((head, slot)) = u16::try_from(id).ok().and_then(|head| {
@@ -252,7 +256,7 @@ impl SplitDriver {
 
     /// How many chains were given back that were not taken yet.
     fn done(&self) -> Result<u16, RingError> {
-        let to = u16::from_le(self.used(INDEX).load(Ordering::Acquire));
+        let to = E::u16(self.used(INDEX).load(Ordering::Acquire));
         let done = to.wrapping_sub(self.next_used);
         if done > self.outstanding() {
             return Err(RingError::UsedIndexJump { from: self.next_used, to, outstanding: self.outstanding() });
@@ -269,7 +273,7 @@ impl SplitDriver {
                 descriptor.flags |= NEXT;
                 descriptor.link = (at + 1) as u16;
             }
-            self.table.extend(descriptor.to_words().into_iter().flat_map(u64::to_ne_bytes));
+            self.table.extend(descriptor.to_split::<E>().into_iter().flat_map(u64::to_ne_bytes));
         }
         write_table(&self.snapshot, address, &self.table, self.first_free)
     }
@@ -301,8 +305,7 @@ impl SplitDriver {
 }
 
 impl Descriptor {
-    fn to_words(self) -> [u64; 2] {
-        let rest = u64::from(self.length) | u64::from(self.flags) << 32 | u64::from(self.link) << 48;
-        [self.address.to_le(), rest.to_le()]
+    fn to_split<E: Endian>(self) -> [u64; 2] {
+        [E::u64(self.address), E::pack(self.length, self.flags, self.link)]
     }
 }

@@ -37,12 +37,19 @@ const INDIRECT: u16 = 4;
 
 const ADDRESSES: RingAddresses =
     RingAddresses { descriptors: USER + DESCRIPTORS, avail: USER + AVAIL, used: USER + USED };
-const FLAGS_ONLY: RingOptions = RingOptions { packed: false, event_idx: false, indirect: true, in_order: false };
+const FLAGS_ONLY: RingOptions =
+    RingOptions { packed: false, event_idx: false, indirect: true, in_order: false, big_endian: false };
 const EVENT_IDX: RingOptions = RingOptions { event_idx: true, ..FLAGS_ONLY };
 
 /// The same options, in each format.
-fn formats(options: RingOptions) -> [RingOptions; 2] {
-    [false, true].map(|packed| RingOptions { packed, ..options })
+fn formats(options: RingOptions) -> [RingOptions; 3] {
+    let [split, big_endian] = byte_orders(options);
+    [split, RingOptions { packed: true, ..options }, big_endian]
+}
+
+/// The same options of a split ring, in each byte order.
+fn byte_orders(options: RingOptions) -> [RingOptions; 2] {
+    [false, true].map(|big_endian| RingOptions { big_endian, ..options })
 }
 
 /// The base of a ring of `size` after `chains` of one descriptor each.
@@ -80,11 +87,19 @@ fn map(files: &[OwnedFd]) -> Arc<Snapshot> {
     Arc::new(Snapshot::from_table(&REGIONS.map(region), files).unwrap())
 }
 
-fn new_driver(size: u16, base: u32, options: RingOptions, memory: Arc<Snapshot>) -> Box<dyn Driver> {
+fn new_driver(
+    addresses: RingAddresses,
+    size: u16,
+    base: u32,
+    options: RingOptions,
+    memory: Arc<Snapshot>,
+) -> Box<dyn Driver> {
     if options.packed {
-        Box::new(PackedDriver::new(ADDRESSES, size, base, options, memory).unwrap())
+        Box::new(PackedDriver::new(addresses, size, base, options, memory).unwrap())
+    } else if options.big_endian {
+        Box::new(SplitDriver::<Big>::new(addresses, size, base, options, memory).unwrap())
     } else {
-        Box::new(SplitDriver::new(ADDRESSES, size, base, options, memory).unwrap())
+        Box::new(SplitDriver::<Little>::new(addresses, size, base, options, memory).unwrap())
     }
 }
 
@@ -97,8 +112,10 @@ fn new_device(
 ) -> Result<Box<dyn Ring>, RingError> {
     Ok(if options.packed {
         Box::new(PackedRing::new(addresses, size, base, options, RingLimits::default(), memory)?)
+    } else if options.big_endian {
+        Box::new(SplitRing::<Big>::new(addresses, size, base, options, RingLimits::default(), memory)?)
     } else {
-        Box::new(SplitRing::new(addresses, size, base, options, RingLimits::default(), memory)?)
+        Box::new(SplitRing::<Little>::new(addresses, size, base, options, RingLimits::default(), memory)?)
     })
 }
 
@@ -115,7 +132,7 @@ impl Rig {
             .collect();
         let memory = map(&files);
         let base = base_after(chains, size, options);
-        let driver = new_driver(size, base, options, memory.clone());
+        let driver = new_driver(ADDRESSES, size, base, options, memory.clone());
         let device = new_device(ADDRESSES, size, base, options, map(&files)).unwrap();
         Self { files, options, driver, device, memory }
     }
@@ -148,13 +165,23 @@ impl Rig {
 
     /// Write a descriptor as a broken driver would.
     fn describe(&self, table: u64, index: u16, address: u64, length: u32, flags: u16, next: u16) {
-        let bytes = [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
-        self.poke(table + 16 * u64::from(index), &bytes.concat());
+        let bytes = if self.options.big_endian {
+            [&address.to_be_bytes()[..], &length.to_be_bytes(), &flags.to_be_bytes(), &next.to_be_bytes()].concat()
+        } else {
+            [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+        };
+        self.poke(table + 16 * u64::from(index), &bytes);
+    }
+
+    /// 16 bits in a split ring.
+    fn word(&self, value: u16) -> [u8; 2] {
+        if self.options.big_endian { value.to_be_bytes() } else { value.to_le_bytes() }
     }
 
     /// Make descriptor 0 of a split ring available, whatever is in it, and let the device look at it.
     fn provoke(&mut self) -> RingError {
-        self.poke(AVAIL + 2, &[1, 0, 0, 0]);
+        self.poke(AVAIL + 2, &self.word(1));
+        self.poke(AVAIL + 4, &self.word(0));
         self.refusal()
     }
 
@@ -481,7 +508,7 @@ fn the_extent_of_a_ring_is_inside_memory_to_the_last_byte() {
         let mut addresses = ADDRESSES;
         *part(&mut addresses) = USER + END - extent;
         let options = RingOptions { event_idx, ..FLAGS_ONLY };
-        SplitRing::new(addresses, 8, 0, options, RingLimits::default(), rig.memory.clone()).map(drop)
+        SplitRing::<Little>::new(addresses, 8, 0, options, RingLimits::default(), rig.memory.clone()).map(drop)
     };
     let descriptors: fn(&mut RingAddresses) -> &mut u64 = |addresses| &mut addresses.descriptors;
     let avail: fn(&mut RingAddresses) -> &mut u64 = |addresses| &mut addresses.avail;
@@ -497,7 +524,7 @@ fn the_extent_of_a_ring_is_inside_memory_to_the_last_byte() {
     assert!(unaligned.check_alignment(false).unwrap_err().contains("available ring"));
     let across = RingAddresses { descriptors: USER + SEAM - 16, ..ADDRESSES };
     assert!(
-        SplitRing::new(across, 8, 0, FLAGS_ONLY, RingLimits::default(), rig.memory.clone()).is_err(),
+        SplitRing::<Little>::new(across, 8, 0, FLAGS_ONLY, RingLimits::default(), rig.memory.clone()).is_err(),
         "adjacent in the guest, not here"
     );
 }
@@ -521,31 +548,37 @@ fn a_ring_is_laid_out_as_the_kernel_lays_it_out() {
              return 0;
          }",
     );
-    let mut rig = Rig::new(8, 0, EVENT_IDX);
-    let start = u64::try_from(offsets[8]).unwrap();
-    let avail = u64::try_from(offsets[4]).unwrap();
-    let addresses = RingAddresses { descriptors: USER + DATA, avail: USER + DATA + avail, used: USER + DATA + start };
-    rig.driver = Box::new(SplitDriver::new(addresses, 8, 0, EVENT_IDX, rig.memory.clone()).unwrap());
-    rig.device = new_device(addresses, 8, 0, EVENT_IDX, map(&rig.files)).unwrap();
-    // Descriptor 0, then 1 and 2, of which the device gives back the second chain second.
-    rig.submit(&[readable(0x40_1111, 0x22)], None);
-    rig.submit(&[writable(0x40_3333, 0x44), writable(0x40_3333, 0x55)], None);
-    let heads = [rig.take().head(), rig.take().head()];
-    rig.device.disable_kicks();
-    assert_eq!(rig.device.enable_kicks(), Ok(false));
-    rig.complete(heads[0], 0);
-    rig.complete(heads[1], 0x66);
-    rig.driver.enable_calls(7).unwrap();
+    for options in byte_orders(EVENT_IDX) {
+        let mut rig = Rig::new(8, 0, options);
+        let start = u64::try_from(offsets[8]).unwrap();
+        let avail = u64::try_from(offsets[4]).unwrap();
+        let addresses =
+            RingAddresses { descriptors: USER + DATA, avail: USER + DATA + avail, used: USER + DATA + start };
+        rig.driver = new_driver(addresses, 8, 0, options, rig.memory.clone());
+        rig.device = new_device(addresses, 8, 0, options, map(&rig.files)).unwrap();
+        // Descriptor 0, then 1 and 2, of which the device gives back the second chain second.
+        rig.submit(&[readable(0x40_1111, 0x22)], None);
+        rig.submit(&[writable(0x40_3333, 0x44), writable(0x40_3333, 0x55)], None);
+        let heads = [rig.take().head(), rig.take().head()];
+        rig.device.disable_kicks();
+        assert_eq!(rig.device.enable_kicks(), Ok(false));
+        rig.complete(heads[0], 0);
+        rig.complete(heads[1], 0x66);
+        rig.driver.enable_calls(7).unwrap();
 
-    let word = |at: usize, length: usize| {
-        let bytes = rig.peek(DATA + offsets[at] as u64, length);
-        bytes.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte))
-    };
-    let [next, write, indirect] = [offsets[13], offsets[14], offsets[15]].map(|flag| flag as u64);
-    assert_eq!([next, write, indirect], [NEXT, WRITE, INDIRECT].map(u64::from));
-    assert_eq!([word(0, 8), word(1, 4), word(2, 2), word(3, 2)], [0x40_3333, 0x44, next | write, 2]);
-    assert_eq!([word(4, 2), word(5, 2), word(6, 2), word(7, 2)], [0, 2, 1, 6]);
-    assert_eq!([word(8, 2), word(9, 2), word(10, 4), word(11, 4), word(12, 2)], [0, 2, 1, 0x66, 2]);
+        let word = |at: usize, length: usize| {
+            let mut bytes = rig.peek(DATA + offsets[at] as u64, length);
+            if options.big_endian {
+                bytes.reverse();
+            }
+            bytes.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte))
+        };
+        let [next, write, indirect] = [offsets[13], offsets[14], offsets[15]].map(|flag| flag as u64);
+        assert_eq!([next, write, indirect], [NEXT, WRITE, INDIRECT].map(u64::from));
+        assert_eq!([word(0, 8), word(1, 4), word(2, 2), word(3, 2)], [0x40_3333, 0x44, next | write, 2]);
+        assert_eq!([word(4, 2), word(5, 2), word(6, 2), word(7, 2)], [0, 2, 1, 6]);
+        assert_eq!([word(8, 2), word(9, 2), word(10, 4), word(11, 4), word(12, 2)], [0, 2, 1, 0x66, 2]);
+    }
 }
 
 // What a hostile driver writes: design.md's table, a test a row.
@@ -563,46 +596,56 @@ fn a_loop_is_refused() {
 
 #[test]
 fn a_loop_in_an_indirect_table_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.describe(DESCRIPTORS, 0, DATA, 48, INDIRECT, 0);
-    (0..3).for_each(|index| rig.describe(DATA, index, DATA, 1, NEXT, (index + 1) % 3));
-    assert_eq!(rig.provoke(), RingError::ChainTooLong { head: 0, limit: 3 });
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.describe(DESCRIPTORS, 0, DATA, 48, INDIRECT, 0);
+        (0..3).for_each(|index| rig.describe(DATA, index, DATA, 1, NEXT, (index + 1) % 3));
+        assert_eq!(rig.provoke(), RingError::ChainTooLong { head: 0, limit: 3 });
+    }
 }
 
 #[test]
 fn a_next_out_of_range_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    for next in [8, u16::MAX] {
-        rig.describe(DESCRIPTORS, 0, DATA, 1, NEXT, next);
-        assert_eq!(rig.provoke(), RingError::NextOutOfRange { descriptor: 0, next, size: 8 });
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        for next in [8, u16::MAX] {
+            rig.describe(DESCRIPTORS, 0, DATA, 1, NEXT, next);
+            assert_eq!(rig.provoke(), RingError::NextOutOfRange { descriptor: 0, next, size: 8 });
+        }
+        rig.describe(DESCRIPTORS, 0, DATA, 32, INDIRECT, 0);
+        rig.describe(DATA, 0, DATA, 1, NEXT, 2);
+        assert_eq!(rig.provoke(), RingError::NextOutOfRange { descriptor: 0, next: 2, size: 2 });
     }
-    rig.describe(DESCRIPTORS, 0, DATA, 32, INDIRECT, 0);
-    rig.describe(DATA, 0, DATA, 1, NEXT, 2);
-    assert_eq!(rig.provoke(), RingError::NextOutOfRange { descriptor: 0, next: 2, size: 2 });
 }
 
 #[test]
 fn a_table_inside_a_table_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.describe(DESCRIPTORS, 0, DATA, 32, INDIRECT, 0);
-    rig.describe(DATA, 0, DATA, 1, NEXT, 1);
-    rig.describe(DATA, 1, DATA, 16, INDIRECT, 0);
-    assert_eq!(rig.provoke(), RingError::NestedIndirect { descriptor: 1 });
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.describe(DESCRIPTORS, 0, DATA, 32, INDIRECT, 0);
+        rig.describe(DATA, 0, DATA, 1, NEXT, 1);
+        rig.describe(DATA, 1, DATA, 16, INDIRECT, 0);
+        assert_eq!(rig.provoke(), RingError::NestedIndirect { descriptor: 1 });
+    }
 }
 
 #[test]
 fn indirect_with_next_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.describe(DESCRIPTORS, 0, DATA, 16, INDIRECT | NEXT, 1);
-    assert_eq!(rig.provoke(), RingError::IndirectWithNext { descriptor: 0, flags: INDIRECT | NEXT });
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.describe(DESCRIPTORS, 0, DATA, 16, INDIRECT | NEXT, 1);
+        assert_eq!(rig.provoke(), RingError::IndirectWithNext { descriptor: 0, flags: INDIRECT | NEXT });
+    }
 }
 
 #[test]
 fn a_table_of_no_possible_length_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    for length in [0, 1, 15, 17, 1025 * 16, u32::MAX, 0xffff_fff0] {
-        rig.describe(DESCRIPTORS, 0, DATA, length, INDIRECT, 0);
-        assert_eq!(rig.provoke(), RingError::IndirectLength { descriptor: 0, length, limit: 16384 });
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        for length in [0, 1, 15, 17, 1025 * 16, u32::MAX, 0xffff_fff0] {
+            rig.describe(DESCRIPTORS, 0, DATA, length, INDIRECT, 0);
+            assert_eq!(rig.provoke(), RingError::IndirectLength { descriptor: 0, length, limit: 16384 });
+        }
     }
 }
 
@@ -617,11 +660,13 @@ fn the_longest_table_has_1024_entries() {
 
 #[test]
 fn the_direction_of_a_descriptor_that_points_to_a_table_means_nothing() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.describe(DESCRIPTORS, 0, DATA, 16, INDIRECT | WRITE, 0);
-    rig.describe(DATA, 0, DATA, 5, 0, 0);
-    rig.poke(AVAIL + 2, &[1, 0, 0, 0]);
-    assert_eq!(rig.take().readable(), 5);
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.describe(DESCRIPTORS, 0, DATA, 16, INDIRECT | WRITE, 0);
+        rig.describe(DATA, 0, DATA, 5, 0, 0);
+        rig.poke(AVAIL + 2, &[rig.word(1), rig.word(0)].concat());
+        assert_eq!(rig.take().readable(), 5);
+    }
 }
 
 #[test]
@@ -648,33 +693,39 @@ fn readable_after_writable_is_refused() {
 
 #[test]
 fn an_index_that_jumps_is_refused() {
-    let mut rig = Rig::new(8, 65_530, FLAGS_ONLY);
-    for to in [65_530u16.wrapping_add(9), 65_529] {
-        rig.poke(AVAIL + 2, &to.to_le_bytes());
-        assert_eq!(rig.device.available(), Err(RingError::IndexJump { from: 65_530, to, free: 8 }));
-        assert_eq!(rig.device.enable_kicks(), Err(RingError::IndexJump { from: 65_530, to, free: 8 }));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 65_530, options);
+        for to in [65_530u16.wrapping_add(9), 65_529] {
+            rig.poke(AVAIL + 2, &rig.word(to));
+            assert_eq!(rig.device.available(), Err(RingError::IndexJump { from: 65_530, to, free: 8 }));
+            assert_eq!(rig.device.enable_kicks(), Err(RingError::IndexJump { from: 65_530, to, free: 8 }));
+        }
+        assert!(!rig.device.pop(&mut Chain::default()).unwrap(), "the jump was not taken over");
     }
-    assert!(!rig.device.pop(&mut Chain::default()).unwrap(), "the jump was not taken over");
 }
 
 #[test]
 fn more_than_fits_while_requests_are_in_flight_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    let heads: Vec<_> = (0..3).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
-    heads.iter().for_each(|_| drop(rig.take()));
-    rig.poke(AVAIL + 2, &9u16.to_le_bytes());
-    assert_eq!(rig.device.available(), Err(RingError::IndexJump { from: 3, to: 9, free: 5 }));
-    rig.complete(heads[0], 0);
-    assert_eq!(rig.device.available(), Ok(6));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        let heads: Vec<_> = (0..3).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
+        heads.iter().for_each(|_| drop(rig.take()));
+        rig.poke(AVAIL + 2, &rig.word(9u16));
+        assert_eq!(rig.device.available(), Err(RingError::IndexJump { from: 3, to: 9, free: 5 }));
+        rig.complete(heads[0], 0);
+        assert_eq!(rig.device.available(), Ok(6));
+    }
 }
 
 #[test]
 fn a_head_out_of_range_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    for head in [8u16, u16::MAX] {
-        rig.poke(AVAIL + 2, &[&1u16.to_le_bytes()[..], &head.to_le_bytes()].concat());
-        assert_eq!(rig.device.available(), Ok(1));
-        assert_eq!(rig.device.pop(&mut Chain::default()), Err(RingError::HeadOutOfRange { head, size: 8 }));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        for head in [8u16, u16::MAX] {
+            rig.poke(AVAIL + 2, &[&rig.word(1u16)[..], &rig.word(head)].concat());
+            assert_eq!(rig.device.available(), Ok(1));
+            assert_eq!(rig.device.pop(&mut Chain::default()), Err(RingError::HeadOutOfRange { head, size: 8 }));
+        }
     }
 }
 
@@ -708,11 +759,13 @@ fn a_range_outside_memory_is_refused_even_by_one_byte() {
 
 #[test]
 fn a_table_outside_memory_is_refused() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    for start in [END - 31, u64::MAX - 31, u64::MAX] {
-        rig.describe(DESCRIPTORS, 0, start, 32, INDIRECT, 0);
-        let error = rig.provoke();
-        assert!(matches!(error, RingError::OutsideMemory { descriptor: 0, start: told, .. } if told == start));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        for start in [END - 31, u64::MAX - 31, u64::MAX] {
+            rig.describe(DESCRIPTORS, 0, start, 32, INDIRECT, 0);
+            let error = rig.provoke();
+            assert!(matches!(error, RingError::OutsideMemory { descriptor: 0, start: told, .. } if told == start));
+        }
     }
 }
 
@@ -746,30 +799,36 @@ fn the_driver_refuses_what_it_did_not_submit() {
 
 #[test]
 fn the_driver_refuses_a_second_completion() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    let first = rig.submit(&[writable(DATA, 4)], None);
-    rig.submit(&[writable(DATA, 4)], None);
-    rig.complete(first, 4);
-    rig.complete(first, 4);
-    assert_eq!(rig.driver.pop(), Ok(Some(Used { head: first, written: 4 })));
-    assert_eq!(rig.driver.pop(), Err(RingError::UsedNotSubmitted { head: first.into() }));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        let first = rig.submit(&[writable(DATA, 4)], None);
+        rig.submit(&[writable(DATA, 4)], None);
+        rig.complete(first, 4);
+        rig.complete(first, 4);
+        assert_eq!(rig.driver.pop(), Ok(Some(Used { head: first, written: 4 })));
+        assert_eq!(rig.driver.pop(), Err(RingError::UsedNotSubmitted { head: first.into() }));
+    }
 }
 
 #[test]
 fn the_driver_refuses_a_chain_that_the_device_cannot_have_seen() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    rig.submit(&[writable(DATA, 4)], None);
-    let hidden = rig.driver.add(&[writable(DATA, 4)], None).unwrap();
-    rig.complete(hidden, 0);
-    assert_eq!(rig.driver.pop(), Err(RingError::UsedNotSubmitted { head: hidden.into() }));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        rig.submit(&[writable(DATA, 4)], None);
+        let hidden = rig.driver.add(&[writable(DATA, 4)], None).unwrap();
+        rig.complete(hidden, 0);
+        assert_eq!(rig.driver.pop(), Err(RingError::UsedNotSubmitted { head: hidden.into() }));
+    }
 }
 
 #[test]
 fn the_driver_refuses_more_bytes_than_it_offered() {
-    let mut rig = Rig::new(8, 0, FLAGS_ONLY);
-    let head = rig.submit(&[readable(DATA, 100), writable(DATA, 3), writable(DATA, 4)], None);
-    rig.complete(head, 8);
-    assert_eq!(rig.driver.pop(), Err(RingError::UsedTooLong { head, written: 8, writable: 7 }));
+    for options in byte_orders(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        let head = rig.submit(&[readable(DATA, 100), writable(DATA, 3), writable(DATA, 4)], None);
+        rig.complete(head, 8);
+        assert_eq!(rig.driver.pop(), Err(RingError::UsedTooLong { head, written: 8, writable: 7 }));
+    }
 }
 
 #[test]
@@ -785,16 +844,18 @@ fn the_driver_refuses_a_used_index_that_jumps() {
 
 #[test]
 fn the_driver_believes_nothing_that_the_device_scribbles_over_the_ring() {
-    let mut rig = Rig::new(8, 0, EVENT_IDX);
-    let head = rig.submit(&[writable(DATA, 1), writable(DATA, 1), writable(DATA, 1)], None);
-    rig.take();
-    rig.poke(DESCRIPTORS, &[0xff; 128]);
-    rig.poke(AVAIL, &[0xff; 22]);
-    rig.complete(head, 3);
-    assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
-    let all: Vec<_> = (0..8).map(|_| rig.driver.add(&[writable(DATA, 1)], None).unwrap()).collect();
-    let distinct: std::collections::BTreeSet<_> = all.into_iter().collect();
-    assert_eq!(distinct, (0..8).collect());
+    for options in byte_orders(EVENT_IDX) {
+        let mut rig = Rig::new(8, 0, options);
+        let head = rig.submit(&[writable(DATA, 1), writable(DATA, 1), writable(DATA, 1)], None);
+        rig.take();
+        rig.poke(DESCRIPTORS, &[0xff; 128]);
+        rig.poke(AVAIL, &[0xff; 22]);
+        rig.complete(head, 3);
+        assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
+        let all: Vec<_> = (0..8).map(|_| rig.driver.add(&[writable(DATA, 1)], None).unwrap()).collect();
+        let distinct: std::collections::BTreeSet<_> = all.into_iter().collect();
+        assert_eq!(distinct, (0..8).collect());
+    }
 }
 
 // Properties.
@@ -864,11 +925,11 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A ring of either format, of a size that it may have.
+/// A ring of any format, of a size that it may have.
 fn ring() -> impl Strategy<Value = (u16, RingOptions)> {
-    (1..20u16, any::<[bool; 3]>()).prop_map(|(size, [packed, event_idx, in_order])| {
+    (1..20u16, any::<[bool; 4]>()).prop_map(|(size, [packed, event_idx, in_order, big_endian])| {
         let size = if packed { size } else { size.next_power_of_two() };
-        (size, RingOptions { packed, event_idx, in_order, ..FLAGS_ONLY })
+        (size, RingOptions { packed, event_idx, in_order, big_endian, ..FLAGS_ONLY })
     })
 }
 
@@ -1025,15 +1086,16 @@ proptest! {
         wild in any::<(u64, u32, u16, u16)>(),
         heads in prop::collection::vec(0..9u16, 8),
         index in 0..10u16,
+        big_endian in any::<bool>(),
     ) {
-        let mut rig = Rig::new(8, 0, EVENT_IDX);
+        let mut rig = Rig::new(8, 0, RingOptions { big_endian, ..EVENT_IDX });
         for (at, (address, length, flags, next)) in (0..).zip(table) {
             let table = if at < 8 { DESCRIPTORS } else { DATA };
             rig.describe(table, at % 8, DATA + 16 * address, length, flags, next);
         }
         rig.describe(DATA, 7, wild.0, wild.1, wild.2, wild.3);
-        rig.poke(AVAIL + 4, &heads.iter().flat_map(|head| head.to_le_bytes()).collect::<Vec<_>>());
-        rig.poke(AVAIL + 2, &index.to_le_bytes());
+        rig.poke(AVAIL + 4, &heads.iter().flat_map(|head| rig.word(*head)).collect::<Vec<_>>());
+        rig.poke(AVAIL + 2, &rig.word(index));
         let Ok(count) = rig.device.available() else { return Ok(()) };
         let mut chain = Chain::default();
         for _ in 0..count {
