@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,7 @@ from raw import Id
 from specimens import Reverse, Serve
 from storage_daemon import storage_daemon
 from vhost_user.devices import Rng
+from vhost_user.extensions import SharedObjects
 from vhost_user.guest import Uml
 from vhost_user.trace.model import Record, from_json, to_json
 from vhost_user.trace.proxy import Proxy, Source, running
@@ -54,7 +56,11 @@ def front_end(level: None) -> Iterator[Callable[[Path], raw.FrontEnd]]:
         yield lambda path: front_ends.enter_context(raw.FrontEnd(path))
 
 
-class Counter(vu.Device, device_id=0x7FFF):
+SHARED_OBJECT_ADD = 6
+OBJECT = UUID(int=1)
+
+
+class Counter(SharedObjects, device_id=0x7FFF):
     """Has something to tell of its own."""
 
     requestq = vu.Queue()
@@ -130,7 +136,7 @@ def test_a_disk_that_nobody_here_wrote_is_seen_too(level: None, tmp_path: Path, 
 
 def with_a_channel(guest: raw.FrontEnd, memory: raw.Memory) -> raw.Channel:
     """Set up so far that the device may tell something."""
-    guest.negotiate(protocol=raw.REPLY_ACK | raw.BACKEND_REQ | raw.CONFIG)
+    guest.negotiate(protocol=raw.REPLY_ACK | raw.BACKEND_REQ | raw.CONFIG | raw.SHARED_OBJECT)
     channel = guest.open_backend_channel()
     guest.share(memory)
     guest.start(raw.Ring(memory))
@@ -143,14 +149,15 @@ def test_what_the_back_end_asks_is_seen(
     device = Counter()
     path, records = trace(serve(device))
     channel = with_a_channel(front_end(path), memory)
-    device.count = 7
-    assert channel.receive().request == raw.CONFIG_CHANGE
-    channel.send(raw.CONFIG_CHANGE, raw.u64(0), flags=raw.REPLY)
+    given = device.add_shared_object(OBJECT)
+    assert channel.receive().request == SHARED_OBJECT_ADD
+    channel.send(SHARED_OBJECT_ADD, raw.u64(0), flags=raw.REPLY)
     raw.wait_until(lambda: sum(record.channel == "back-end" for record in records) == 2, "request and answer")
     asked, answered = (record for record in records if record.channel == "back-end")
-    assert (asked.decoded.name, asked.sender, asked.problem) == ("BACKEND_CONFIG_CHANGE_MSG", "back-end", None)
+    assert (asked.decoded.name, asked.sender, asked.problem) == ("BACKEND_SHARED_OBJECT_ADD", "back-end", None)
     assert (answered.is_answer, answered.sender, answered.decoded.fields) == (True, "front-end", {"value": 0})
     assert answered.latency is not None
+    given.result(raw.DEADLINE)
 
 
 def test_the_channel_can_be_left_alone(
