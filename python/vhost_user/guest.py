@@ -425,6 +425,7 @@ class Qemu(Guest):
             memory=self.memory,
             cpus=self.cpus,
             reconnect=self.reconnect,
+            iommu=self.iommu,
             files=self.files,
             extra_args=self.extra_args,
             boot_timeout=self.boot_timeout,
@@ -433,7 +434,8 @@ class Qemu(Guest):
         return other
 
     def migrate(self, to: Self, during: Callable[[], object] = lambda: None, *, timeout: float = 60) -> None:
-        """Move the guest to another QEMU, which :meth:`receiver` made: its commands run there afterwards.
+        """Move the guest to another QEMU, which :meth:`receiver` made: its commands run there afterwards, and this QEMU
+        ends.
 
         `during` is called once all of the guest's memory was sent for the first time. What changes meanwhile is sent
         again; but a guest that does nothing for a moment may be gone before it returns: run no commands there.
@@ -455,6 +457,8 @@ class Qemu(Guest):
         self._wait_for_migration(lambda state: state["status"] == "completed", deadline)
         while to.monitor("query-status")["status"] != "running":
             time.sleep(0.01)
+        # What is left here is a paused guest, which would not power off.
+        self.kill()
 
     def _wait_for_migration(self, reached: Callable[[dict[str, Any]], bool], deadline: float) -> None:
         while not reached(state := self.monitor("query-migrate")):
