@@ -273,14 +273,6 @@ class Runtime:
         backend.set_busy_poll(device.busy_poll)
         return backend
 
-    def _protocol_features(self) -> int:
-        """Likewise."""
-        wanted = {
-            ProtocolFeature.INBAND_NOTIFICATIONS: self.device.in_band,
-            ProtocolFeature.PAGEFAULT: self.device.postcopy,
-        }
-        return int(self.device._offers) | sum(int(feature) for feature, is_wanted in wanted.items() if is_wanted)
-
     def _transport_features(self) -> int:
         """Those that only some devices offer."""
         wanted = {
@@ -291,9 +283,11 @@ class Runtime:
         return sum(int(feature) for feature, is_wanted in wanted.items() if is_wanted)
 
     def _protocol_features(self) -> int:
+        """Likewise."""
         wanted = {
             ProtocolFeature.INBAND_NOTIFICATIONS: self.device.in_band,
             ProtocolFeature.CROSS_ENDIAN: self.device.cross_endian,
+            ProtocolFeature.PAGEFAULT: self.device.postcopy,
         }
         return sum((int(feature) for feature, is_wanted in wanted.items() if is_wanted), int(self.device._offers))
 
