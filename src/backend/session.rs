@@ -646,7 +646,6 @@ impl Session {
                 let call = files.pop().map(|descriptor| Arc::new(Call::new(descriptor)));
                 self.set_logging(Logging { call, ..self.logging.clone() });
             }
-            _ => return Err(refuse("this message is not supported".to_owned())),
         }
         Ok(Done::Acknowledge)
     }
