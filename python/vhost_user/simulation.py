@@ -106,9 +106,8 @@ class Simulation:
     def __init__(self, *, patience: float = PATIENCE) -> None:
         self.patience = patience
         self.trace: list[Event] = []
-        """What devices and commands have done so far. Two runs of the same program have equal traces, as far as the
-        guest's kernel lets them: it takes a timer or two from its random numbers, the first 15 seconds after its start,
-        and what comes later may be some nanoseconds off."""
+        """What devices and commands have done so far. Two runs of the same program have equal traces; after the first
+        15 seconds of the guest's life some nanoseconds may lie between them."""
         self._now = 0
         self._planned: list[_Planned] = []
         self._cancelled: set[int] = set()
