@@ -90,6 +90,31 @@ def path(tmp_path: Path) -> Path:
 # --- At a path --------------------------------------------------------------------------------------------------------
 
 
+def test_a_socket_that_is_there_can_be_connected_to(path: Path) -> None:
+    refused, over = [], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except FileNotFoundError:
+                    pass
+                except ConnectionRefusedError as error:
+                    refused.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(30):
+            with Reverse().start(path):
+                pass
+    finally:
+        over.set()
+        watcher.join()
+    assert refused == []
+
+
 def test_the_socket_is_there_while_the_device_is_served_and_gone_afterwards(path: Path, memory: Memory) -> None:
     device = Reverse()
     with device.start(path) as server:

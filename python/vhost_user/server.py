@@ -109,11 +109,17 @@ def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
         # The kernel gives the file the permissions of the socket, so that nobody can connect before they are right.
         os.fchmod(listener.fileno(), mode)
         with _locked(path.parent):
-            _remove_stale(path)
-            _with_path(listener.bind, path)
-            os.chmod(path, mode)
-            ours = _identity(path)
+            # Whoever waits for the socket to be there may connect at once: it gets its name when it listens.
+            unfinished = path.with_name(f".{path.name}")
+            if len(os.fsencode(unfinished)) > MAX_PATH:
+                unfinished = path
+            for each in {path, unfinished}:
+                _remove_stale(each)
+            _with_path(lambda _: listener.bind(os.fspath(unfinished)), path)
+            os.chmod(unfinished, mode)
+            ours = _identity(unfinished)
             listener.listen()
+            os.rename(unfinished, path)
         try:
             yield listener
         finally:
