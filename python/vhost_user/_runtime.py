@@ -271,6 +271,7 @@ class Runtime:
         offer = Offer(features, transport, self._protocol_features(), device._takes_gpu_socket, device._shared_memory())
         backend = Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
         backend.set_busy_poll(device.busy_poll)
+        backend.set_patience(device.batch_patience)
         return backend
 
     def _transport_features(self) -> int:

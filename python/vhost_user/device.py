@@ -61,6 +61,10 @@ class Device:
     #: looks for so long as long as requests come within that time, and less and less when none do.
     busy_poll: float = 0.0
 
+    #: Seconds for which requests that are done may wait for others that came with them, before the driver sees them.
+    #: Longer is for drivers that cannot take one without the other.
+    batch_patience: float = 50e-6
+
     #: Whether the front-end may send its kicks as messages, and get its calls as messages: then virtual time knows of
     #: them, see :mod:`vhost_user.simulation`. User-Mode Linux does so whenever it is offered, and everything is slower
     #: for it. An instance may decide for itself before it is served. vhost-user specification, "In-band notifications".

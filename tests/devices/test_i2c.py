@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import pytest
 
@@ -382,6 +383,18 @@ def test_a_register_that_is_not_there_fails(boot: Boot) -> None:
     guest = boot(i2c.Adapter(Chip()))
     assert guest.run("i2cget -y 0 0x20 0x77", check=False).status != 0
     assert guest.run("i2cset -y 0 0x20 0x00 1", check=False).status != 0
+    assert guest.run("i2cget -y 0 0x20 0x00").text == "0x5a"
+
+
+def test_a_transfer_that_fails_slowly_is_completed_as_a_whole(boot: Boot) -> None:
+    class Slow(i2c.Adapter):
+        def transfer(self, request: vu.Request) -> None:
+            time.sleep(0.01)
+            super().transfer(request)
+
+    guest = boot(Slow(Chip()))
+    for _ in range(20):
+        assert guest.run("i2ctransfer -y 0 w1@0x20 0x77 r1", check=False).stdout == b""
     assert guest.run("i2cget -y 0 0x20 0x00").text == "0x5a"
 
 

@@ -208,6 +208,10 @@ class Adapter(Device, device_id=DeviceId.I2C_ADAPTER):
 
     features = F_ZERO_LENGTH_REQUEST
 
+    # Linux 7.2 waits for no message of a transfer beyond the first that failed, and frees them all: those that come
+    # with it have to be done at the same time.
+    batch_patience = 60.0
+
     requestq = Queue()
 
     def __init__(self, *targets: Target) -> None:
