@@ -18,16 +18,20 @@ from typing import ClassVar
 
 NEED_REPLY = 8
 NEXT, WRITE, INDIRECT = 1, 2, 4
-EVENT_IDX, PROTOCOL_FEATURES = 1 << 29, 1 << 30
-TRANSPORT = 1 << 28 | EVENT_IDX | PROTOCOL_FEATURES | 1 << 32
+AVAILABLE, USED = 1 << 7, 1 << 15
+LOG_ALL, EVENT_IDX, PROTOCOL_FEATURES, RING_PACKED = 1 << 26, 1 << 29, 1 << 30, 1 << 34
+TRANSPORT = LOG_ALL | 1 << 28 | EVENT_IDX | PROTOCOL_FEATURES | 1 << 32 | RING_PACKED
+IN_BAND = 1 << 14
 BLK_SIZE, FLUSH, CONFIG_WCE, MQ = 1 << 6, 1 << 9, 1 << 11, 1 << 12
 
 NAMES = {
-    1: "get_features", 2: "set_features", 3: "set_owner", 4: "reset_owner", 5: "set_mem_table", 8: "set_vring_num",
-    9: "set_vring_addr", 10: "set_vring_base", 11: "get_vring_base", 12: "set_vring_kick", 13: "set_vring_call",
-    14: "set_vring_err", 15: "get_protocol_features", 16: "set_protocol_features", 17: "get_queue_num",
-    18: "set_vring_enable", 21: "set_backend_req_fd", 24: "get_config", 25: "set_config", 34: "reset_device",
-    36: "get_max_mem_slots", 37: "add_mem_reg", 38: "rem_mem_reg", 39: "set_status", 40: "get_status",
+    1: "get_features", 2: "set_features", 3: "set_owner", 4: "reset_owner", 5: "set_mem_table", 6: "set_log_base",
+    7: "set_log_fd", 8: "set_vring_num", 9: "set_vring_addr", 10: "set_vring_base", 11: "get_vring_base",
+    12: "set_vring_kick", 13: "set_vring_call", 14: "set_vring_err", 15: "get_protocol_features",
+    16: "set_protocol_features", 17: "get_queue_num", 18: "set_vring_enable", 21: "set_backend_req_fd",
+    24: "get_config", 25: "set_config", 31: "get_inflight_fd", 32: "set_inflight_fd", 34: "reset_device",
+    35: "vring_kick", 36: "get_max_mem_slots", 37: "add_mem_reg", 38: "rem_mem_reg", 39: "set_status",
+    40: "get_status", 42: "set_device_state_fd", 43: "check_device_state",
 }  # fmt: skip
 
 #: Bytes of payload, and descriptors, of the messages that always have as many.
@@ -36,7 +40,8 @@ SIZES = {
     "set_vring_base": 8, "get_vring_base": 8, "set_vring_kick": 8, "set_vring_call": 8, "set_vring_err": 8,
     "get_protocol_features": 0, "set_protocol_features": 8, "get_queue_num": 0, "set_vring_enable": 8,
     "set_backend_req_fd": 0, "reset_device": 0, "get_max_mem_slots": 0, "add_mem_reg": 40, "rem_mem_reg": 40,
-    "set_status": 8, "get_status": 0,
+    "set_status": 8, "get_status": 0, "set_log_base": 16, "set_log_fd": 0, "get_inflight_fd": 24, "set_inflight_fd": 24,
+    "vring_kick": 8, "set_device_state_fd": 8, "check_device_state": 0,
 }  # fmt: skip
 
 
@@ -75,13 +80,76 @@ class Ring:
         self.addresses: tuple[int, int, int] | None = None
         self.kick = self.call = self.error = -1
         self.polls = self.started = self.enabled = self.broken = False
+        # Of a packed ring: the next descriptor to take and to use, and their wrap counters.
+        self.slot = self.used_slot = 0
+        self.wrap = self.used_wrap = 1
+        # The guest address at which its used ring is logged.
+        self.log: int | None = None
+        # What was in flight when the device before was killed.
+        self.resubmit: list[int] = []
+
+
+class Log:
+    """A bit for each page of guest memory."""
+
+    def __init__(self, payload: bytes, descriptor: int) -> None:
+        self.size, self.offset = struct.unpack("=QQ", payload)
+        if self.offset + self.size > self.room(descriptor):
+            raise Refused
+        self.map = mmap.mmap(descriptor, 0)
+
+    def room(self, descriptor: int) -> int:
+        return os.fstat(descriptor).st_size
+
+    def mark(self, guest: int, size: int) -> None:
+        for page in range(guest // 4096, (guest + size - 1) // 4096 + 1):
+            self.mark_page(page)
+
+    def mark_page(self, page: int) -> None:
+        if page // 8 < self.size:
+            self.map[self.offset + page // 8] |= 1 << page % 8
+
+
+class Record:
+    """What is in flight, of split rings."""
+
+    def __init__(self, payload: bytes, descriptor: int) -> None:
+        words: tuple[int, ...] = struct.unpack_from("=QQHH", payload)
+        self.size, self.offset, self.queues, self.queue_size = words
+        if self.size < self.queues * stride(self.queue_size, packed=False):
+            raise Refused
+        if self.offset + self.size > os.fstat(descriptor).st_size:
+            raise Refused
+        self.map = mmap.mmap(descriptor, 0)
+
+    def header(self, ring: Ring) -> tuple[int, ...]:
+        """Version, descriptors, the head of the last batch, the used index."""
+        return struct.unpack_from("=HHHH", self.map, self.part(ring) + 8)
+
+    def set_header(self, ring: Ring, *words: int) -> None:
+        struct.pack_into("=HHHH", self.map, self.part(ring) + 8, *words)
+
+    def entry(self, ring: Ring, head: int) -> tuple[int, ...]:
+        """In flight or not, the next in its batch, its number."""
+        return struct.unpack_from("=B5xHQ", self.map, self.part(ring) + 16 + 16 * head)
+
+    def set_entry(self, ring: Ring, head: int, *words: int) -> None:
+        struct.pack_into("=B5xHQ", self.map, self.part(ring) + 16 + 16 * head, *words)
+
+    def part(self, ring: Ring) -> int:
+        return self.offset + ring.index * stride(self.queue_size, packed=False)
+
+
+def stride(queue_size: int, *, packed: bool) -> int:
+    entry = 32 if packed else 16
+    return (entry + entry * queue_size + 63) // 64 * 64
 
 
 class Session:
     """One connection to the disk. What outlives it is `disk`."""
 
     features: ClassVar[int] = TRANSPORT | BLK_SIZE | FLUSH | CONFIG_WCE | MQ
-    protocol: ClassVar[int] = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16
+    protocol: ClassVar[int] = sum(1 << bit for bit in (0, 1, 3, 5, 9, 12, 13, 14, 15, 16, 19))
     queues: ClassVar[int] = 2
     slots: ClassVar[int] = 32
     #: Requests that are looked at after a kick.
@@ -95,6 +163,13 @@ class Session:
         self.regions: list[Region] = []
         self.rings = [Ring(index) for index in range(self.queues)]
         self.channel: int | None = None
+        self.protocol_set = 0
+        self.log: Log | None = None
+        self.log_descriptor = -1
+        self.record: Record | None = None
+        self.taken = 0
+        self.loading = -1
+        self.attached: list[int] = []
         self.until = -1
 
     # --- Messages ---------------------------------------------------------------------------------------------------
@@ -137,6 +212,7 @@ class Session:
         for ring in self.rings:
             for name in ("kick", "call", "error"):
                 self.replace(ring, name, -1)
+        self.close_all([self.log_descriptor, self.loading])
         if self.channel is not None:
             os.close(self.channel)
 
@@ -196,6 +272,8 @@ class Session:
             self.answer(request, flags, answer)
         elif flags & NEED_REPLY:
             self.acknowledge(request, flags, status)
+        if name == "vring_kick" and not status:
+            self.look_at(self.ring(payload[0]))
         return True
 
     def check(self, name: str, payload: bytes, descriptors: list[int]) -> None:
@@ -204,7 +282,9 @@ class Session:
         expected = 0
         if name in {"set_vring_kick", "set_vring_call", "set_vring_err"}:
             expected = not payload[1] & 1
-        elif name in {"set_backend_req_fd", "add_mem_reg"}:
+        elif name in {
+            "set_backend_req_fd", "add_mem_reg", "set_log_base", "set_log_fd", "set_inflight_fd", "set_device_state_fd"
+        }:  # fmt: skip
             expected = 1
         elif name == "set_mem_table":
             expected = struct.unpack_from("=I", payload)[0]
@@ -218,7 +298,9 @@ class Session:
         self.send(request, 5, struct.pack("=Q", status))
 
     def send(self, request: int, flags: int, payload: bytes) -> None:
-        self.socket.sendall(struct.pack("=III", request, flags, len(payload)) + payload)
+        attached, self.attached = self.attached, []
+        socket.send_fds(self.socket, [struct.pack("=III", request, flags, len(payload)) + payload], attached)
+        self.close_all(attached)
 
     # --- Features ---------------------------------------------------------------------------------------------------
 
@@ -238,8 +320,10 @@ class Session:
         return struct.pack("=Q", self.protocol)
 
     def set_protocol_features(self, payload: bytes, descriptors: list[int]) -> None:
-        if struct.unpack("=Q", payload)[0] & ~self.protocol:
+        (bits,) = struct.unpack("=Q", payload)
+        if bits & ~self.protocol:
             raise Refused
+        self.protocol_set = bits
 
     def get_queue_num(self, payload: bytes, descriptors: list[int]) -> bytes:
         return struct.pack("=Q", self.queues)
@@ -336,6 +420,7 @@ class Session:
         return b"".join(memory[at : at + here] for memory, at, here in self.pieces(guest, size))
 
     def write_guest(self, guest: int, data: bytes) -> None:
+        self.log_data(guest, len(data))
         for memory, at, here in list(self.pieces(guest, len(data))):
             memory[at : at + here], data = data[:here], data[here:]
 
@@ -363,20 +448,23 @@ class Session:
     def set_vring_num(self, payload: bytes, descriptors: list[int]) -> None:
         index, size = struct.unpack("=II", payload)
         ring = self.ring(index)
-        if not 0 < size <= 1024 or size & (size - 1):
+        if not 0 < size <= 1024 or (size & (size - 1) and not self.is_packed):
             raise Refused
         ring.size = size
 
     def set_vring_base(self, payload: bytes, descriptors: list[int]) -> None:
         index, base = struct.unpack("=II", payload)
         ring = self.ring(index)
-        if base > 0xFFFF:
+        if self.is_packed:
+            self.set_positions(ring, base)
+        elif base > 0xFFFF:
             raise Refused
-        ring.next_avail = base
+        ring.next_avail = base & 0xFFFF
 
     def set_vring_addr(self, payload: bytes, descriptors: list[int]) -> None:
-        index, _, table, used, avail, _ = struct.unpack("=IIQQQQ", payload)
+        index, flags, table, used, avail, log = struct.unpack("=IIQQQQ", payload)
         ring = self.ring(index)
+        ring.log = log if flags & 1 else None
         if table % 16 or used % 4 or avail % 2:
             raise Refused
         try:
@@ -390,7 +478,12 @@ class Session:
         index, _ = struct.unpack("=II", payload)
         ring = self.ring(index)
         self.stop(ring)
-        return struct.pack("=II", index, ring.next_avail)
+        return struct.pack("=II", index, self.base(ring))
+
+    def base(self, ring: Ring) -> int:
+        if not self.is_packed:
+            return ring.next_avail
+        return ring.used_wrap << 31 | ring.used_slot << 16 | ring.wrap << 15 | ring.slot
 
     def stop(self, ring: Ring) -> None:
         ring.started = ring.broken = ring.polls = False
@@ -401,6 +494,8 @@ class Session:
         ring = self.ring(payload[0])
         self.replace(ring, "kick", *descriptors[:1] or [-1])
         ring.polls = not descriptors
+        if not ring.started and self.record is not None and not self.is_packed:
+            self.recover(ring, self.record)
         ring.started, ring.broken = True, False
         self.look_at(ring)
 
@@ -448,8 +543,14 @@ class Session:
 
     def work(self, ring: Ring) -> None:
         assert ring.addresses is not None
+        if self.is_packed:
+            self.work_packed(ring)
+            return
         table, _, avail = ring.addresses
         before = ring.next_used
+        while ring.resubmit:
+            head = ring.resubmit.pop(0)
+            self.finish(ring, head, self.perform(*self.chain(table, ring.size, head)))
         for _ in range(self.per_kick):
             (index,) = self.load(avail + 2, "<H")
             waiting = (index - ring.next_avail) & 0xFFFF
@@ -460,6 +561,7 @@ class Session:
             (head,) = self.load(avail + 4 + 2 * (ring.next_avail % ring.size), "<H")
             readable, writable = self.chain(table, ring.size, head)
             ring.next_avail = (ring.next_avail + 1) & 0xFFFF
+            self.begin_request(ring, head)
             self.finish(ring, head, self.perform(readable, writable))
         self.want_kicks(ring)
         if ring.next_used != before and self.wants_call(ring, before):
@@ -475,8 +577,12 @@ class Session:
         assert ring.addresses is not None
         used = ring.addresses[1]
         self.store(used + 4 + 8 * (ring.next_used % ring.size), "<II", head, written)
+        slot = ring.next_used % ring.size
         ring.next_used = (ring.next_used + 1) & 0xFFFF
+        self.log_used(ring, 4 + 8 * slot, 8)
+        self.log_used(ring, 2, 2)
         self.store(used + 2, "<H", ring.next_used)
+        self.end_request(ring, head)
 
     def wants_call(self, ring: Ring, before: int) -> bool:
         assert ring.addresses is not None
@@ -489,6 +595,15 @@ class Session:
     def notify(self, ring: Ring) -> None:
         if ring.call >= 0:
             os.write(ring.call, struct.pack("=Q", 1))
+        elif self.protocol_set & IN_BAND and self.channel is not None:
+            self.call_in_band(ring, self.channel)
+
+    def call_in_band(self, ring: Ring, channel: int) -> None:
+        os.write(channel, struct.pack("=IIIII", 4, 1 | NEED_REPLY, 8, ring.index, 0))
+        os.read(channel, 20)
+
+    def vring_kick(self, payload: bytes, descriptors: list[int]) -> None:
+        self.ring(payload[0]).started = True
 
     def chain(self, table: int, size: int, head: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The readable and the writable buffers of a request."""
@@ -518,6 +633,172 @@ class Session:
 
     def rows(self, table: int, size: int) -> Callable[[int], tuple[int, ...]]:
         return lambda at: self.load(table + 16 * at, "<QIHH")
+
+    # --- Packed rings -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self.agreed & RING_PACKED)
+
+    def set_positions(self, ring: Ring, base: int) -> None:
+        ring.slot, ring.wrap = base & 0x7FFF, base >> 15 & 1
+        ring.used_slot, ring.used_wrap = base >> 16 & 0x7FFF, base >> 31
+
+    def work_packed(self, ring: Ring) -> None:
+        used = 0
+        for _ in range(self.per_kick):
+            rows = self.packed_rows(ring)
+            if not rows:
+                break
+            readable, writable = self.packed_buffers(rows)
+            ring.slot, ring.wrap = self.advance(ring, ring.slot, ring.wrap, self.slots_of(rows))
+            written = self.perform(readable, writable)
+            self.finish_packed(ring, self.buffer_id(ring, rows), self.slots_of(rows), written)
+            used += self.slots_of(rows)
+        self.want_kicks_packed(ring)
+        if used and self.wants_call_packed(ring, used):
+            self.notify(ring)
+
+    def packed_rows(self, ring: Ring) -> list[tuple[int, ...]]:
+        """The descriptors of the next chain, if there is one."""
+        assert ring.addresses is not None
+        slot, wrap = ring.slot, ring.wrap
+        rows = list[tuple[int, ...]]()
+        for _ in range(ring.size):
+            row = self.load(ring.addresses[0] + 16 * slot, "<QIHH")
+            if not rows and (bool(row[3] & AVAILABLE) != wrap or bool(row[3] & USED) == wrap):
+                return []
+            rows.append(row)
+            if not row[3] & NEXT:
+                return rows
+            slot, wrap = self.advance(ring, slot, wrap, 1)
+        raise Broken
+
+    def packed_buffers(self, rows: list[tuple[int, ...]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        address, length, _, flags = rows[0]
+        if flags & INDIRECT:
+            rows = list(struct.iter_unpack("<QIHH", self.read_guest(address, length)))
+        readable = [(address, length) for address, length, _, flags in rows if not flags & WRITE]
+        writable = [(address, length) for address, length, _, flags in rows if flags & WRITE]
+        return readable, writable
+
+    def slots_of(self, rows: list[tuple[int, ...]]) -> int:
+        return len(rows)
+
+    def buffer_id(self, ring: Ring, rows: list[tuple[int, ...]]) -> int:
+        return rows[-1][2]
+
+    def advance(self, ring: Ring, slot: int, wrap: int, count: int) -> tuple[int, int]:
+        laps, slot = divmod(slot + count, ring.size)
+        return slot, wrap ^ laps
+
+    def finish_packed(self, ring: Ring, number: int, slots: int, written: int) -> None:
+        assert ring.addresses is not None
+        at = ring.addresses[0] + 16 * ring.used_slot
+        self.store(at + 8, "<IH", written, number)
+        self.log_used(ring, 16 * ring.used_slot, 16)
+        self.store(at + 14, "<H", (AVAILABLE | USED) * ring.used_wrap)
+        ring.used_slot, ring.used_wrap = self.advance(ring, ring.used_slot, ring.used_wrap, slots)
+
+    def want_kicks_packed(self, ring: Ring) -> None:
+        assert ring.addresses is not None
+        event = ring.wrap << 15 | ring.slot
+        self.store(ring.addresses[1], "<HH", event, 2 if self.agreed & EVENT_IDX else 0)
+
+    def wants_call_packed(self, ring: Ring, used: int) -> bool:
+        assert ring.addresses is not None
+        event, flags = self.load(ring.addresses[2], "<HH")
+        if flags != 2:
+            return flags == 0
+        offset = event & 0x7FFF
+        if event >> 15 != ring.used_wrap:
+            offset -= ring.size
+        return (ring.used_slot - offset - 1) & 0xFFFF < used
+
+    # --- What is in flight ------------------------------------------------------------------------------------------
+
+    def get_inflight_fd(self, payload: bytes, descriptors: list[int]) -> bytes:
+        _, _, queues, queue_size = struct.unpack_from("=QQHH", payload)
+        size = queues * stride(queue_size, packed=self.is_packed)
+        file = os.memfd_create("record")
+        os.write(file, self.new_record(size))
+        self.attached = [file]
+        return struct.pack("=QQHHI", size, 0, queues, queue_size, 0)
+
+    def new_record(self, size: int) -> bytes:
+        return bytes(size)
+
+    def set_inflight_fd(self, payload: bytes, descriptors: list[int]) -> None:
+        self.record = Record(payload, descriptors[0])
+
+    def recover(self, ring: Ring, record: Record) -> None:
+        version, _, batch, used = record.header(ring)
+        if not version:
+            record.set_header(ring, 1, ring.size, 0, ring.next_used)
+            return
+        for _ in range((ring.next_used - used) & 0xFFFF):
+            _, following, number = record.entry(ring, batch)
+            record.set_entry(ring, batch, 0, following, number)
+            batch = following
+        marked = [(record.entry(ring, head)[2], head) for head in range(ring.size) if record.entry(ring, head)[0]]
+        ring.resubmit = [head for _, head in sorted(marked)]
+        ring.next_avail = (ring.next_used + len(marked)) & 0xFFFF
+
+    def begin_request(self, ring: Ring, head: int) -> None:
+        self.taken += 1
+        if self.record is not None:
+            self.record.set_entry(ring, head, 1, 0, self.taken)
+
+    def end_request(self, ring: Ring, head: int) -> None:
+        if self.record is not None:
+            self.record.set_entry(ring, head, 0, 0, self.taken)
+            self.record.set_header(ring, 1, ring.size, head, ring.next_used)
+
+    # --- What is dirty ----------------------------------------------------------------------------------------------
+
+    def set_log_base(self, payload: bytes, descriptors: list[int]) -> bytes:
+        self.log = Log(payload, descriptors[0])
+        return payload
+
+    def set_log_fd(self, payload: bytes, descriptors: list[int]) -> None:
+        self.close_all([self.log_descriptor])
+        self.log_descriptor = os.dup(descriptors[0])
+
+    def log_data(self, guest: int, size: int) -> None:
+        if self.agreed & LOG_ALL:
+            self.mark(guest, size)
+
+    def log_used(self, ring: Ring, at: int, size: int) -> None:
+        if ring.log is not None:
+            self.mark(ring.log + at, size)
+
+    def mark(self, guest: int, size: int) -> None:
+        if self.log is not None:
+            self.log.mark(guest, size)
+            if self.log_descriptor >= 0:
+                os.eventfd_write(self.log_descriptor, 1)
+
+    # --- The device's own state -------------------------------------------------------------------------------------
+
+    def set_device_state_fd(self, payload: bytes, descriptors: list[int]) -> bytes:
+        direction, _ = struct.unpack("=II", payload)
+        if direction > 1:
+            return struct.pack("=Q", 0x101)
+        if direction:
+            self.loading = os.dup(descriptors[0])
+        else:
+            os.write(descriptors[0], b"the state of a disk")
+        return struct.pack("=Q", 0x100)
+
+    def check_device_state(self, payload: bytes, descriptors: list[int]) -> bytes:
+        state = b""
+        while self.loading >= 0:
+            piece = os.read(self.loading, 4096)
+            state += piece
+            if not piece:
+                os.close(self.loading)
+                self.loading = -1
+        return struct.pack("=Q", state not in (b"", b"the state of a disk"))
 
     # --- The disk ---------------------------------------------------------------------------------------------------
 

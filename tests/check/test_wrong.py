@@ -31,11 +31,20 @@ def judge(tmp_path: Path) -> Judge:
     return run
 
 
+#: What not even a right back-end survives, if it is as simple as ours.
+FATAL = "robustness.file-truncated"
+
+
 def test_a_right_back_end_passes_every_check(judge: Judge) -> None:
     results = judge(Session, timeout=2.0)
-    assert {result.check.name: result.verdict for result in results if result.verdict is not Verdict.PASS} == {
-        "robustness.file-truncated": Verdict.SKIP
-    }
+    not_passed = {result.check.name: result.verdict for result in results if result.verdict is not Verdict.PASS}
+    assert not_passed == {name: Verdict.SKIP for name, check in CHECKS.items() if check.may_kill}
+
+
+def test_a_right_back_end_survives_what_kills_others(judge: Judge) -> None:
+    deadly = [name for name, check in CHECKS.items() if check.may_kill and name != FATAL]
+    results = judge(Session, *deadly, timeout=2.0, forced=True)
+    assert {result.check.name: result.verdict for result in results} == dict.fromkeys(deadly, Verdict.PASS)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class HasNoQueues(Session):
         return bytes(8)
 
 
-@fails("features.late-owner")
+@fails("features.protocol-first")
 class WantsItsOwnerFirst(Session):
     learned = False
 
@@ -228,7 +228,8 @@ class RefusesToReset(Session):
     "memory.add-twice", "config.set-past-end", "errors.request-0", "errors.index-of-get-vring-base",
     "errors.ring-of-no-entries", "errors.ring-of-seven", "errors.ring-of-65536", "errors.addresses-nowhere",
     "errors.addresses-not-aligned", "errors.surplus-descriptor", "errors.payload-too-short",
-    "errors.payload-too-long", "errors.enable-2", "errors.base-of-17-bits",
+    "errors.payload-too-long", "errors.enable-2", "errors.base-of-17-bits", "inflight.set-past-end-of-file",
+    "inflight.set-too-small",
 )  # fmt: skip
 class SulksWhenItRefuses(Session):
     def handle(self, request, flags, payload, descriptors):
@@ -243,7 +244,7 @@ class SulksWhenItRefuses(Session):
     "memory.table-without-descriptors", "memory.table-cut-short", "memory.table-of-thousands",
     "memory.add-without-descriptor", "errors.unknown-request", "errors.index-of-vring-num",
     "errors.index-of-vring-base", "errors.index-of-vring-addr", "errors.index-of-vring-enable",
-    "errors.kick-without-descriptor", "errors.call-without-descriptor",
+    "errors.kick-without-descriptor", "errors.call-without-descriptor", "in-band.no-such-ring",
 )  # fmt: skip
 class AcceptsEverything(Session):
     def acknowledge(self, request, flags, status):
@@ -377,7 +378,7 @@ class StopsAt65535(Session):
         return super().may_run(ring) and self.load(ring.addresses[2] + 2, "<H")[0] >= ring.next_avail
 
 
-@fails("ring.many-at-once")
+@fails("ring.many-at-once", "packed.many-at-once")
 class DoesOnePerKick(Session):
     per_kick = 1
 
@@ -519,7 +520,7 @@ class StopsForFeatures(Session):
 # --- Notifications ----------------------------------------------------------------------------------------------------
 
 
-@fails("notification.call")
+@fails("notification.call", "packed.call")
 class NeverNotifies(Session):
     def notify(self, ring):
         pass
@@ -636,6 +637,247 @@ class TalksOnItsChannel(Session):
     def set_backend_req_fd(self, payload, descriptors):
         super().set_backend_req_fd(payload, descriptors)
         os.write(self.channel or -1, bytes(12))
+
+
+# --- Packed rings -----------------------------------------------------------------------------------------------------
+
+
+@fails("packed.completes-requests")
+class ReturnsTheSlot(Session):
+    def buffer_id(self, ring, rows):
+        return ring.used_slot
+
+
+@fails("packed.wraps-around")
+class NeverFlips(Session):
+    def advance(self, ring, slot, wrap, count):
+        return super().advance(ring, slot, wrap, count)[0], wrap
+
+
+@fails("packed.odd-size")
+class WrapsAtPowersOfTwo(Session):
+    def set_vring_num(self, payload, descriptors):
+        super().set_vring_num(payload, descriptors)
+        ring = self.ring(payload[0])
+        ring.size = 1 << (ring.size - 1).bit_length()
+
+
+@fails("packed.indirect")
+class TakesASlotForEachPiece(Session):
+    def slots_of(self, rows):
+        return rows[0][1] // 16 if rows[0][3] & 4 else len(rows)
+
+
+@fails("packed.base-is-used")
+class StartsAtTheFirst(Session):
+    def set_positions(self, ring, base):
+        super().set_positions(ring, 0x8000_8000)
+
+
+@fails("packed.base-is-told")
+class TellsNoWrapCounters(Session):
+    def base(self, ring):
+        return super().base(ring) & 0x7FFF_7FFF
+
+
+@fails("packed.goes-on")
+class StartsInTheFirstLap(Session):
+    def set_positions(self, ring, base):
+        super().set_positions(ring, base | 0x8000_8000)
+
+
+@fails("packed.calls-disabled")
+class WaitsUntilItMayCall(Session):
+    def may_run(self, ring):
+        return super().may_run(ring) and not (self.is_packed and self.load(ring.addresses[2] + 2, "<H")[0] == 1)
+
+
+@fails("packed.call-at-a-descriptor")
+class TakesEveryEventForTheNextLap(Session):
+    def wants_call_packed(self, ring, used):
+        return self.load(ring.addresses[2] + 2, "<H")[0] == 0
+
+
+@fails("packed.kicks")
+class WantsNoKickAndNeedsIt(Session):
+    def want_kicks_packed(self, ring):
+        self.store(ring.addresses[1], "<HH", 0, 1)
+
+
+@fails("packed.kick-at-a-descriptor")
+class WantsAKickALapLater(Session):
+    def want_kicks_packed(self, ring):
+        self.store(ring.addresses[1], "<HH", (ring.wrap ^ 1) << 15 | ring.slot, 2)
+
+
+@fails("packed.chain-without-end")
+class DiesOfALap(Session):
+    def packed_rows(self, ring):
+        try:
+            return super().packed_rows(ring)
+        except Broken:
+            raise Crash from None
+
+
+# --- What is in flight ------------------------------------------------------------------------------------------------
+
+
+@fails("inflight.layout", "inflight.layout-of-packed-rings")
+class CountsNoEntries(Session):
+    def get_inflight_fd(self, payload, descriptors):
+        return struct.pack("=Q", 16) + super().get_inflight_fd(payload, descriptors)[8:]
+
+
+@fails("inflight.zeroes")
+class LeavesRubbish(Session):
+    def new_record(self, size):
+        return b"\xff" * size
+
+
+@fails("inflight.is-kept")
+class KeepsNoRecord(Session):
+    def set_inflight_fd(self, payload, descriptors):
+        pass
+
+
+@fails("inflight.marks-are-cleared")
+class LeavesItsMarks(Session):
+    def end_request(self, ring, head):
+        pass
+
+
+@fails("inflight.resubmits")
+class BeginsWithWhatIsAvailable(Session):
+    def recover(self, ring, record):
+        pass
+
+
+@fails("inflight.knows-what-was-published")
+class TrustsItsMarks(Session):
+    def recover(self, ring, record):
+        if record.header(ring)[0]:
+            record.set_header(ring, 1, ring.size, 0, ring.next_used)
+        super().recover(ring, record)
+
+
+# --- What is dirty ----------------------------------------------------------------------------------------------------
+
+
+@fails("log.data")
+class LogsItsRings(Session):
+    def log_data(self, guest, size):
+        pass
+
+
+@fails("log.used-ring")
+class LogsTheFirstAddress(Session):
+    def log_used(self, ring, at, size):
+        self.mark(self.regions[0].guest + at, size)
+
+
+@fails("log.packed")
+class LogsSplitRings(Session):
+    def log_used(self, ring, at, size):
+        if not self.is_packed:
+            super().log_used(ring, at, size)
+
+
+@fails("log.nothing-else")
+class MarksEverything(Session):
+    def mark(self, guest, size):
+        super().mark(0, guest + size)
+
+
+@fails("log.off", "log.switched-off")
+class LogsAlways(Session):
+    def log_data(self, guest, size):
+        self.mark(guest, size)
+
+
+@fails("log.replaced")
+class KeepsItsFirstLog(Session):
+    def set_log_base(self, payload, descriptors):
+        return super().set_log_base(payload, descriptors) if self.log is None else payload
+
+
+@fails("log.smaller-than-memory")
+class MarksBesideTheLog(Session):
+    def mark(self, guest, size):
+        if self.log is not None:
+            self.log.map[-1] = 1
+
+
+@fails("log.larger-than-its-file")
+class DiesOfAShortLog(Session):
+    def set_log_base(self, payload, descriptors):
+        try:
+            return super().set_log_base(payload, descriptors)
+        except Refused:
+            return payload
+
+    def mark(self, guest, size):
+        if self.log is None:
+            raise Crash
+        super().mark(guest, size)
+
+
+@fails("log.descriptor")
+class TakesNoDescriptor(Session):
+    def set_log_fd(self, payload, descriptors):
+        raise Refused
+
+
+# --- The device's own state -------------------------------------------------------------------------------------------
+
+
+@fails("state.saves")
+class NeverEndsItsState(Session):
+    def set_device_state_fd(self, payload, descriptors):
+        self.loading = os.dup(descriptors[0])
+        return super().set_device_state_fd(payload, descriptors)
+
+
+@fails("state.loads")
+class KnowsItsStateNoMore(Session):
+    def check_device_state(self, payload, descriptors):
+        return struct.pack("=Q", 1) if self.loading >= 0 else super().check_device_state(payload, descriptors)
+
+
+@fails("state.goes-on-after-saving")
+class GivesItselfAway(Session):
+    saved = False
+
+    def set_device_state_fd(self, payload, descriptors):
+        self.saved = True
+        return super().set_device_state_fd(payload, descriptors)
+
+    def may_run(self, ring):
+        return super().may_run(ring) and not self.saved
+
+
+@fails("state.unknown-direction")
+class SavesInAnyDirection(Session):
+    def set_device_state_fd(self, payload, descriptors):
+        return super().set_device_state_fd(bytes(8), descriptors)
+
+
+# --- Kicks and calls that are messages --------------------------------------------------------------------------------
+
+
+@fails("in-band.notifies")
+class CallsBeforeItAnswers(Session):
+    def vring_kick(self, payload, descriptors):
+        super().vring_kick(payload, descriptors)
+        self.look_at(self.ring(payload[0]))
+
+
+@fails("in-band.descriptors-are-used")
+class CallsByMessageOnly(Session):
+    def notify(self, ring):
+        if self.channel is not None:
+            os.write(self.channel, struct.pack("=IIIII", 4, 1, 8, ring.index, 0))
+        else:
+            super().notify(ring)
 
 
 # --- Configuration space ----------------------------------------------------------------------------------------------

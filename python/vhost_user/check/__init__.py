@@ -9,7 +9,9 @@ reported as FAIL is wrong by the text; where the text leaves room and implementa
             print(result.verdict.value, result.check.name, result.reason)
 """
 
-from . import framing, features, memory, ring, notification, config, errors, robustness  # noqa: F401, I001  # in this order
+# In this order.
+from . import framing, features, memory, ring, packed, notification, in_band  # noqa: F401, I001
+from . import config, inflight, log, state, errors, robustness  # noqa: F401
 from . import reports
 from .harness import CHECKS, TIMEOUT, Case, Check, Result, Suite, Target, TargetError, Verdict, check, selected
 

@@ -88,7 +88,7 @@ def protocol_constant(case: Case) -> None:
 
 @check("features.protocol-first", "vhost-user: VHOST_USER_SET_PROTOCOL_FEATURES", needs="REPLY_ACK")
 def protocol_first(case: Case) -> None:
-    """Protocol features may be negotiated before SET_FEATURES, and are in force at once."""
+    """Protocol features may be negotiated before SET_FEATURES, and SET_OWNER come after them, where QEMU has it."""
     wire = case.connect()
     wire.ask("GET_PROTOCOL_FEATURES")
     wire.send("SET_PROTOCOL_FEATURES", u64(Protocol.REPLY_ACK))
@@ -132,17 +132,6 @@ def queue_count(case: Case) -> None:
         fail(f"{count} queues", "at least one")
     if count and count > 256:
         raise Differs(f"{count} queues; SET_VRING_KICK has eight bits for their index", "at most 256")
-
-
-@check("features.late-owner", "vhost-user: VHOST_USER_SET_OWNER", needs="REPLY_ACK")
-def late_owner(case: Case) -> None:
-    """SET_OWNER is accepted after the protocol features, where QEMU has it."""
-    wire = case.connect()
-    wire.ask("GET_PROTOCOL_FEATURES")
-    wire.send("SET_PROTOCOL_FEATURES", u64(Protocol.REPLY_ACK))
-    status = wire.acknowledged("SET_OWNER")
-    if status:
-        fail(f"refused with {status:#x}", "accepted: the text gives it no place among the others")
 
 
 @check("features.reset-owner", "vhost-user: VHOST_USER_RESET_OWNER", needs="REPLY_ACK")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
+from typing import Protocol as Structure
 
 from ..errors import VhostUserError
 from ..features import UNKNOWN, DeviceType
@@ -28,9 +29,11 @@ from .wire import (
     Closed,
     Feature,
     Memory,
+    PackedRing,
     Protocol,
     Ring,
     Silent,
+    SplitRing,
     Wire,
     u64,
     vring_state,
@@ -94,6 +97,15 @@ class TargetError(VhostUserError):
 
 
 Function = TypeVar("Function", bound="Callable[[Case], object]")
+
+
+class HasClose(Structure):
+    """What a check leaves behind, if nobody closes it."""
+
+    def close(self) -> None: ...
+
+
+Owned = TypeVar("Owned", bound=HasClose)
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ class Target:
         while True:
             self._last_identity = self.identity()
             try:
-                wire = Wire(self.path, self.timeout)
+                wire = Wire.connect(self.path, self.timeout)
             except (ConnectionRefusedError, FileNotFoundError):
                 is_dead = self._process is not None and self._process.poll() is not None
                 if is_dead or time.monotonic() > deadline:
@@ -354,15 +366,17 @@ class Case:
         if self._connections and self._target.serves_once:
             raise Skipped("the back-end serves one connection only")
         self._connections += 1
-        self.last = self._target.connect()
-        self._owned.callback(self.last.close)
+        self.last = self.own(self._target.connect())
         return self.last
+
+    def own(self, thing: Owned) -> Owned:
+        """Close `thing` when the check ends."""
+        self._owned.callback(thing.close)
+        return thing
 
     def memory(self, **where: int) -> Memory:
         """Guest memory, not shared yet."""
-        memory = Memory(**where)
-        self._owned.callback(memory.close)
-        return memory
+        return self.own(Memory(**where))
 
     def negotiated(self, *extra: Feature | Protocol, without: int = 0) -> Wire:
         """A connection with the features of the device type, VERSION_1, acknowledgements, and `extra`."""
@@ -436,21 +450,25 @@ class Case:
         table = struct.pack("=II", len(memories), 0) + b"".join(memory.region() for memory in memories)
         self.tell(wire, "SET_MEM_TABLE", table, [memory.descriptor for memory in memories])
 
-    def place(self, wire: Wire, ring: Ring, base: int = 0) -> None:
+    def place(self, wire: Wire, ring: Ring, base: int | None = None) -> None:
         """Everything about a ring that is not a descriptor."""
         self.tell(wire, "SET_VRING_NUM", vring_state(ring.index, ring.size))
-        self.tell(wire, "SET_VRING_BASE", vring_state(ring.index, base))
+        self.tell(wire, "SET_VRING_BASE", vring_state(ring.index, ring.fresh if base is None else base))
         self.tell(wire, "SET_VRING_ADDR", ring.address_payload())
 
-    def new_ring(self, memory: Memory, *, index: int | None = None, size: int = 16, base: int = 0) -> Ring:
-        """A ring in memory that nobody was told of."""
-        ring = Ring(memory, self.exercise.queue if index is None else index, size, base)
-        self._owned.callback(ring.close)
-        return ring
+    def new_ring(self, memory: Memory, *, index: int | None = None, size: int = 16, base: int = 0) -> SplitRing:
+        """A split ring in memory that nobody was told of."""
+        return self.own(SplitRing(memory, self.exercise.queue if index is None else index, size, base))
 
-    def start(self, wire: Wire, ring: Ring, base: int = 0, *, enable: bool = True) -> None:
+    def new_packed_ring(
+        self, memory: Memory, *, index: int | None = None, size: int = 16, base: int = PackedRing.fresh
+    ) -> PackedRing:
+        """A packed ring in memory that nobody was told of."""
+        return self.own(PackedRing(memory, self.exercise.queue if index is None else index, size, base))
+
+    def start(self, wire: Wire, ring: Ring, base: int | None = None, *, enable: bool = True) -> None:
         """Set a ring up, kick it, and enable it."""
-        self.start_companions(wire, ring.memory, enable=enable)
+        self.start_companions(wire, ring.memory, enable=enable, packed=isinstance(ring, PackedRing))
         self.place(wire, ring, base)
         self.tell(wire, "SET_VRING_CALL", u64(ring.index), [ring.call.descriptor])
         self.tell(wire, "SET_VRING_ERR", u64(ring.index), [ring.error.descriptor])
@@ -458,25 +476,44 @@ class Case:
         if enable:
             self.enable(wire, ring)
 
-    def start_companions(self, wire: Wire, memory: Memory, *, enable: bool = True) -> None:
+    def start_companions(self, wire: Wire, memory: Memory, *, enable: bool = True, packed: bool = False) -> None:
         """Start the queues before that of the exercise, once: DPDK works on a pair of queues when both are there."""
         if wire in self._accompanied:
             return
         self._accompanied.add(wire)
+        new_ring = self.new_packed_ring if packed else self.new_ring
         for index in range(self.exercise.queue):
-            self.start(wire, self.new_ring(memory, index=index), enable=enable)
+            self.start(wire, new_ring(memory, index=index), enable=enable)
+
+    def stop_companions(self, wire: Wire) -> None:
+        """Stop the queues before that of the exercise."""
+        for index in range(self.exercise.queue):
+            wire.ask("GET_VRING_BASE", vring_state(index))
 
     def enable(self, wire: Wire, ring: Ring, on: bool = True) -> None:
         """SET_VRING_ENABLE, where there is that."""
         if self.facts.has("PROTOCOL_FEATURES"):
             self.tell(wire, "SET_VRING_ENABLE", vring_state(ring.index, int(on)))
 
-    def running(self, *extra: Feature | Protocol, size: int = 16, base: int = 0, without: int = 0) -> tuple[Wire, Ring]:
-        """A connection with one ring that runs."""
+    def running(
+        self, *extra: Feature | Protocol, size: int = 16, base: int = 0, without: int = 0
+    ) -> tuple[Wire, SplitRing]:
+        """A connection with one split ring that runs."""
         wire = self.negotiated(*extra, without=without)
         memory = self.memory()
         self.share(wire, memory)
         ring = self.new_ring(memory, size=size, base=base)
+        self.start(wire, ring, base)
+        return wire, ring
+
+    def running_packed(
+        self, *extra: Feature | Protocol, size: int = 16, base: int = PackedRing.fresh
+    ) -> tuple[Wire, PackedRing]:
+        """A connection with one packed ring that runs."""
+        wire = self.negotiated(Feature.RING_PACKED, *extra)
+        memory = self.memory()
+        self.share(wire, memory)
+        ring = self.new_packed_ring(memory, size=size, base=base)
         self.start(wire, ring, base)
         return wire, ring
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .harness import QUIET, Case, Differs, Skipped, check, fail
-from .wire import Chain, Feature, Ring, u64, vring_state, wait_until
+from .wire import Chain, Feature, SplitRing, u64, vring_state, wait_until
 
 _STATES = "vhost-user: Ring states"
 #: What no device writes.
@@ -69,7 +69,7 @@ def writes_nothing_else(case: Case) -> None:
         fail(f"{len(changed)} bytes were changed, from guest address {ring.memory.guest + changed[0]:#x}", "none")
 
 
-def _outside(ring: Ring, chain: Chain) -> bytes:
+def _outside(ring: SplitRing, chain: Chain) -> bytes:
     """Guest memory without what the device may change."""
     memory = bytearray(ring.memory.read(ring.memory.guest, ring.memory.size))
     for address, size in [*chain.writable, (ring.used, 6 + 8 * ring.size)]:

@@ -8,7 +8,21 @@ import struct
 from collections.abc import Callable
 
 from .harness import QUIET, Case, Differs, TargetError, check, fail
-from .wire import HEADER, IDS, INDIRECT, NEXT, VERSION, WRITE, Closed, Feature, Memory, Ring, Silent, Wire, wait_until
+from .wire import (
+    HEADER,
+    IDS,
+    INDIRECT,
+    NEXT,
+    VERSION,
+    WRITE,
+    Closed,
+    Feature,
+    Memory,
+    Silent,
+    SplitRing,
+    Wire,
+    wait_until,
+)
 
 _TABLE = "Virtio 1.3, 2.7.5: The Virtqueue Descriptor Table"
 _INDIRECT = "Virtio 1.3, 2.7.5.3: Indirect Descriptors"
@@ -114,10 +128,10 @@ def descriptors_are_closed(case: Case) -> None:
 
 # --- Rings ------------------------------------------------------------------------------------------------------------
 
-Damage = Callable[[Case, Ring], object]
+Damage = Callable[[Case, SplitRing], object]
 
 
-def _damaged(case: Case, damage: Damage, *extra: Feature, kick: bool = True) -> tuple[Wire, Ring]:
+def _damaged(case: Case, damage: Damage, *extra: Feature, kick: bool = True) -> tuple[Wire, SplitRing]:
     """A ring that works, is damaged, and kicked. The back-end may give up the ring, or the connection."""
     wire, ring = case.running(*extra)
     case.perform(ring)
@@ -146,7 +160,7 @@ def _not_completed(case: Case, damage: Damage, why: str, *extra: Feature) -> Non
 def descriptor_loop(case: Case) -> None:
     """A chain that never ends is given up."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         address = ring.memory.allocate(64)
         ring.set_descriptor(0, address, 16, NEXT, 1)
         ring.set_descriptor(1, address, 16, NEXT, 0)
@@ -165,7 +179,7 @@ def head_out_of_range(case: Case) -> None:
 def next_out_of_range(case: Case) -> None:
     """A descriptor whose successor is beyond the table is not followed there."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         ring.set_descriptor(0, ring.memory.allocate(64), 16, NEXT, ring.size + 100)
         ring.offer(0)
 
@@ -176,7 +190,7 @@ def next_out_of_range(case: Case) -> None:
 def index_jumps(case: Case) -> None:
     """An available index that is further than the ring is large is not believed."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         ring.avail_index += 1000
 
     _, ring = _damaged(case, damage)
@@ -188,7 +202,7 @@ def index_jumps(case: Case) -> None:
 def _buffer(case: Case, address: int, size: int = 4096) -> Damage:
     """A request whose largest buffer is somewhere else."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         pieces = [(ring.memory.allocate(len(data)), data) for data in case.exercise.readable]
         for at, data in pieces:
             ring.memory.write(at, data)
@@ -231,7 +245,7 @@ def buffer_of_4_gigabytes(case: Case) -> None:
 def readable_after_writable(case: Case) -> None:
     """A readable descriptor after a writable one does no harm."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         address = ring.memory.allocate(64)
         ring.add_pieces([(address, 16, WRITE), (address + 16, 16, 0)])
 
@@ -254,7 +268,7 @@ def too_little_room(case: Case) -> None:
 def indirect_in_indirect(case: Case) -> None:
     """A table of descriptors in another is not followed."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         inner = ring.memory.allocate(64)
         ring.memory.write(inner, struct.pack("<QIHH", ring.memory.allocate(64), 64, WRITE, 0))
         ring.add_pieces([(inner, 16, INDIRECT)], indirect=True)
@@ -278,7 +292,7 @@ def indirect_nowhere(case: Case) -> None:
 def indirect_loop(case: Case) -> None:
     """A chain in a table that never ends is given up."""
 
-    def damage(_case: Case, ring: Ring) -> None:
+    def damage(_case: Case, ring: SplitRing) -> None:
         address, table = ring.memory.allocate(64), ring.memory.allocate(32)
         rows = struct.pack("<QIHH", address, 16, NEXT, 1) + struct.pack("<QIHH", address, 16, NEXT, 0)
         ring.memory.write(table, rows)

@@ -1,11 +1,12 @@
-"""A front-end that does exactly what a check tells it, also nonsense: messages, guest memory and split rings by hand.
+"""A front-end that does exactly what a check tells it, also nonsense: messages, guest memory and rings by hand.
 
 It shares no code with `vhost_user.Frontend`, which would not send what checks have to send, and whose own mistakes a
-check could not see. Every wait has a deadline. vhost-user specification, "Message Specification"; Virtio 1.3, 2.7.
+check could not see. Every wait has a deadline. vhost-user specification, "Message Specification"; Virtio 1.3, 2.7, 2.8.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import enum
 import mmap
@@ -16,7 +17,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from .._core import messages
 
@@ -26,6 +27,10 @@ REPLY = 0x4
 NEED_REPLY = 0x8
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
+AVAILABLE, USED = 1 << 7, 1 << 15
+
+#: Where a packed ring begins: at its first descriptor, with both wrap counters 1.
+PACKED_BASE = 0x8000_8000
 
 #: Ids by name, and names by id, of what a front-end may send.
 IDS = {info.name: info.id for info in messages() if info.channel == "main"}
@@ -40,19 +45,23 @@ class Feature(enum.IntFlag):
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
 
 
 class Protocol(enum.IntFlag):
     """Bits of GET_PROTOCOL_FEATURES that checks care for."""
 
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
     INBAND_NOTIFICATIONS = 1 << 14
     CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
+    DEVICE_STATE = 1 << 19
 
 
 class Closed(Exception):
@@ -86,21 +95,27 @@ class Answer(NamedTuple):
 
 
 class Wire:
-    """The main channel. It keeps `log`, the last of what was said."""
+    """One end of a channel. It keeps `log`, the last of what was said."""
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
         self.timeout = timeout
         self.log: deque[str] = deque(maxlen=8)
         self.protocol = 0
         """The protocol features that were negotiated."""
-        self.queues: int | None = None
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket = connection
+        connection.settimeout(timeout)
+
+    @classmethod
+    def connect(cls, path: str, timeout: float) -> Self:
+        """The main channel of a back-end."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.socket.settimeout(timeout)
-            self.socket.connect(path)
+            connection.settimeout(timeout)
+            connection.connect(path)
         except BaseException:
-            self.socket.close()
+            connection.close()
             raise
+        return cls(connection, timeout)
 
     def send(
         self,
@@ -142,17 +157,30 @@ class Wire:
             Closed: the back-end closed the connection.
             Silent: nothing came in time.
         """
-        deadline = time.monotonic() + self.timeout
-        head, descriptors = self._read(HEADER.size, deadline)
-        request, flags, size = HEADER.unpack(head)
-        # Nobody sends more; a garbled header is not waited for.
-        payload, more = self._read(min(size, 1 << 16), deadline) if size else (b"", 0)
-        answer = Answer(request, flags, payload, descriptors + more)
-        self.log.append(f"<- {answer}")
+        answer, descriptors = self.receive_with_descriptors()
+        for descriptor in descriptors:
+            os.close(descriptor)
         return answer
 
-    def _read(self, size: int, deadline: float) -> tuple[bytes, int]:
-        data, descriptors = b"", 0
+    def receive_with_descriptors(self) -> tuple[Answer, list[int]]:
+        """The next message, and the descriptors that came with it, which are the caller's."""
+        deadline = time.monotonic() + self.timeout
+        descriptors: list[int] = []
+        try:
+            head = self._read(HEADER.size, deadline, descriptors)
+            request, flags, size = HEADER.unpack(head)
+            # Nobody sends more; a garbled header is not waited for.
+            payload = self._read(min(size, 1 << 16), deadline, descriptors) if size else b""
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        answer = Answer(request, flags, payload, len(descriptors))
+        self.log.append(f"<- {answer}")
+        return answer, descriptors
+
+    def _read(self, size: int, deadline: float, descriptors: list[int]) -> bytes:
+        data = b""
         while len(data) < size:
             if not select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 self.log.append(f"<- nothing for {self.timeout:g} s" if not data else f"<- only {data.hex(' ')}")
@@ -162,14 +190,12 @@ class Wire:
             except OSError as error:
                 self.log.append(f"<- {error.strerror}")
                 raise Closed(f"the back-end closed the connection ({error.strerror})") from None
-            for descriptor in received:
-                os.close(descriptor)
-            descriptors += len(received)
+            descriptors += received
             if not piece:
                 self.log.append("<- end of the connection")
                 raise Closed("the back-end closed the connection")
             data += piece
-        return data, descriptors
+        return data
 
     def is_quiet(self, seconds: float) -> bool:
         """Whether nothing comes for a while, be it the end."""
@@ -265,32 +291,114 @@ class Chain(NamedTuple):
     """A request in a ring."""
 
     head: int
+    """What its used entry says: the first descriptor, or the buffer id."""
     writable: list[tuple[int, int]]
 
 
-class Ring:
-    """The driver's side of a split ring, field by field."""
+class Ring(abc.ABC):
+    """The driver's side of a ring of either format."""
 
-    def __init__(self, memory: Memory, index: int, size: int = 16, base: int = 0) -> None:
+    #: What SET_VRING_BASE says of a ring that never ran.
+    fresh = 0
+    #: Guest addresses of its three parts; in a packed ring the driver and the device event suppression.
+    descriptors: int
+    avail: int
+    used: int
+
+    def __init__(self, memory: Memory, index: int, size: int) -> None:
         self.memory = memory
         self.index = index
         self.size = size
-        self.descriptors = memory.allocate(16 * size, 16)
-        self.avail = memory.allocate(6 + 2 * size, 2)
-        self.used = memory.allocate(6 + 8 * size, 4)
         self.kick = Notifier()
         self.call = Notifier()
         self.error = Notifier()
+
+    def address_payload(self, *, log: int | None = None, **other: int) -> bytes:
+        """The payload of SET_VRING_ADDR; with `log`, the used ring is logged as if it were at that guest address."""
+        to_user = self.memory.to_user
+        parts = {"descriptors": to_user(self.descriptors), "used": to_user(self.used), "avail": to_user(self.avail)}
+        return struct.pack("=IIQQQQ", self.index, log is not None, *(parts | other).values(), log or 0)
+
+    def add(
+        self,
+        readable: Sequence[bytes] = (),
+        writable: Sequence[int] = (),
+        *,
+        indirect: bool = False,
+        memory: Memory | None = None,
+    ) -> Chain:
+        """Offer a chain with one descriptor for each piece."""
+        memory = memory or self.memory
+        pieces = []
+        for data in readable:
+            pieces.append((memory.allocate(len(data)), len(data), 0))
+            memory.write(pieces[-1][0], data)
+        room = [(memory.allocate(size), size) for size in writable]
+        head = self.add_pieces([*pieces, *((address, size, WRITE) for address, size in room)], indirect=indirect)
+        return Chain(head, room)
+
+    def add_pieces(self, pieces: Sequence[tuple[int, int, int]], *, indirect: bool = False) -> int:
+        """Offer a chain of (address, length, flags). Returns its head."""
+        if not indirect:
+            return self._offer_pieces(pieces)
+        table = b"".join(
+            struct.pack("<QIHH", address, size, *self._link(flags, at, len(pieces)))
+            for at, (address, size, flags) in enumerate(pieces)
+        )
+        address = self.memory.allocate(len(table))
+        self.memory.write(address, table)
+        return self._offer_pieces([(address, len(table), INDIRECT)])
+
+    @abc.abstractmethod
+    def _offer_pieces(self, pieces: Sequence[tuple[int, int, int]]) -> int: ...
+
+    @abc.abstractmethod
+    def _link(self, flags: int, at: int, count: int) -> tuple[int, int]:
+        """The last two words of a descriptor in an indirect table of `count`."""
+
+    @abc.abstractmethod
+    def take(self) -> list[tuple[int, int]]:
+        """The used entries that were not seen yet: head, and bytes written."""
+
+    def wait(self, count: int, timeout: float) -> list[tuple[int, int]]:
+        """Up to `count` used entries, or more if more come: as many as there are in time."""
+        entries: list[tuple[int, int]] = []
+
+        def enough() -> bool:
+            entries.extend(self.take())
+            return len(entries) >= count
+
+        wait_until(enough, timeout)
+        return entries
+
+    def data(self, chain: Chain) -> bytes:
+        """What is in the room of a chain."""
+        return b"".join(self.memory.read(address, size) for address, size in chain.writable)
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        for notifier in (self.kick, self.call, self.error):
+            notifier.close()
+
+    def _get(self, address: int) -> int:
+        return int.from_bytes(self.memory.read(address, 2), "little")
+
+    def _set(self, address: int, value: int) -> None:
+        self.memory.write(address, (value & 0xFFFF).to_bytes(2, "little"))
+
+
+class SplitRing(Ring):
+    """A split ring, field by field."""
+
+    def __init__(self, memory: Memory, index: int, size: int = 16, base: int = 0) -> None:
+        super().__init__(memory, index, size)
+        self.descriptors = memory.allocate(16 * size, 16)
+        self.avail = memory.allocate(6 + 2 * size, 2)
+        self.used = memory.allocate(6 + 8 * size, 4)
         self._next = 0
         self.avail_index = base
         self._set(self.used + 2, base)
         self.seen = base
-
-    def address_payload(self, **other: int) -> bytes:
-        """The payload of SET_VRING_ADDR."""
-        to_user = self.memory.to_user
-        parts = {"descriptors": to_user(self.descriptors), "used": to_user(self.used), "avail": to_user(self.avail)}
-        return struct.pack("=IIQQQQ", self.index, 0, *(parts | other).values(), 0)
 
     # --- Fields -----------------------------------------------------------------------------------------------------
 
@@ -326,44 +434,9 @@ class Ring:
         """With EVENT_IDX: the available index after which a kick is wanted."""
         return self._get(self.used + 4 + 8 * self.size)
 
-    def _get(self, address: int) -> int:
-        return int.from_bytes(self.memory.read(address, 2), "little")
-
-    def _set(self, address: int, value: int) -> None:
-        self.memory.write(address, (value & 0xFFFF).to_bytes(2, "little"))
-
     # --- Requests ---------------------------------------------------------------------------------------------------
 
-    def add(
-        self,
-        readable: Sequence[bytes] = (),
-        writable: Sequence[int] = (),
-        *,
-        indirect: bool = False,
-        memory: Memory | None = None,
-    ) -> Chain:
-        """Offer a chain with one descriptor for each piece."""
-        memory = memory or self.memory
-        pieces = []
-        for data in readable:
-            pieces.append((memory.allocate(len(data)), len(data), 0))
-            memory.write(pieces[-1][0], data)
-        room = [(memory.allocate(size), size) for size in writable]
-        head = self.add_pieces([*pieces, *((address, size, WRITE) for address, size in room)], indirect=indirect)
-        return Chain(head, room)
-
-    def add_pieces(self, pieces: Sequence[tuple[int, int, int]], *, indirect: bool = False) -> int:
-        """Offer a chain of (address, length, flags). Returns its head."""
-        if indirect:
-            last = len(pieces) - 1
-            rows = (
-                struct.pack("<QIHH", address, size, flags | (NEXT if at < last else 0), at + 1 if at < last else 0)
-                for at, (address, size, flags) in enumerate(pieces)
-            )
-            table = b"".join(rows)
-            address = self.memory.allocate(len(table))
-            self.memory.write(address, table)
-            return self.add_pieces([(address, len(table), INDIRECT)])
+    def _offer_pieces(self, pieces: Sequence[tuple[int, int, int]]) -> int:
         slots = [(self._next + at) % self.size for at in range(len(pieces))]
         self._next = (self._next + len(pieces)) % self.size
         for at, (address, size, flags) in enumerate(pieces):
@@ -374,6 +447,9 @@ class Ring:
         self.offer(slots[0])
         return slots[0]
 
+    def _link(self, flags: int, at: int, count: int) -> tuple[int, int]:
+        return (flags | NEXT, at + 1) if at < count - 1 else (flags, 0)
+
     def set_descriptor(self, slot: int, address: int, size: int, flags: int = 0, following: int = 0) -> None:
         """Write a descriptor, whatever it says."""
         self.memory.write(self.descriptors + 16 * slot, struct.pack("<QIHH", address, size, flags, following))
@@ -383,8 +459,14 @@ class Ring:
         self._set(self.avail + 4 + 2 * (self.avail_index % self.size), head)
         self.avail_index += 1
 
+    def complete(self, head: int, written: int = 0) -> None:
+        """Be the device: put a head into the used ring, which the driver has seen then."""
+        index = self.used_index
+        self.memory.write(self.used + 4 + 8 * (index % self.size), struct.pack("<II", head, written))
+        self._set(self.used + 2, index + 1)
+        self.seen = (index + 1) & 0xFFFF
+
     def take(self) -> list[tuple[int, int]]:
-        """The used entries that were not seen yet: head, and bytes written."""
         entries: list[tuple[int, int]] = []
         while self.seen != self.used_index and len(entries) <= self.size:
             head, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * (self.seen % self.size), 8))
@@ -392,25 +474,114 @@ class Ring:
             self.seen = (self.seen + 1) & 0xFFFF
         return entries
 
-    def wait(self, count: int, timeout: float) -> list[tuple[int, int]]:
-        """Up to `count` used entries, or more if more come: as many as there are in time."""
+
+class PackedRing(Ring):
+    """A packed ring, descriptor by descriptor. Buffer ids run against the slots. Virtio 1.3, 2.8."""
+
+    fresh = PACKED_BASE
+
+    def __init__(self, memory: Memory, index: int, size: int = 16, base: int = PACKED_BASE) -> None:
+        super().__init__(memory, index, size)
+        self.descriptors = memory.allocate(16 * size, 16)
+        self.avail = memory.allocate(4, 4)
+        self.used = memory.allocate(4, 4)
+        self._slot, self._wrap = base & 0x7FFF, base >> 15 & 1
+        self._used_slot, self._used_wrap = base >> 16 & 0x7FFF, base >> 31
+        self.consumed = 0
+        """Descriptors that were used so far."""
+        self._free = list(range(size))
+        self._offered_last = 0
+        self._chains: dict[int, int] = {}
+        # As the laps before have left it: used, up to where it begins in this lap, and behind that in the last.
+        for slot in range(size):
+            wrap = self._used_wrap ^ (slot >= self._used_slot)
+            self.set_descriptor(slot, 0, 0, 0, (AVAILABLE | USED) * wrap)
+
+    @property
+    def base(self) -> int:
+        """Where both sides are when everything that was offered is used."""
+        position = self._wrap << 15 | self._slot
+        return position << 16 | position
+
+    @property
+    def will_want_kick(self) -> bool:
+        """Whether the device wants to be told of the next chain."""
+        flags = self._get(self.used + 2)
+        return flags == 0 or (flags == 2 and self._get(self.used) == self._wrap << 15 | self._slot)
+
+    @property
+    def available(self) -> int:
+        """The flags that show a descriptor to the device, in this lap."""
+        return AVAILABLE if self._wrap else USED
+
+    def event(self, ahead: int) -> int:
+        """The descriptor that is so many behind the next to be used, as event suppression names it."""
+        laps, slot = divmod(self._used_slot + ahead, self.size)
+        return slot | (self._used_wrap ^ laps & 1) << 15
+
+    def suppress_calls(self, flags: int, event: int = 0) -> None:
+        """0: notify; 1: do not; 2, with EVENT_IDX: when the descriptor is used that `event` names."""
+        self._set(self.avail, event)
+        self._set(self.avail + 2, flags)
+
+    @property
+    def wants_kick(self) -> bool:
+        """Whether the device wants to be told of the chain that was offered last."""
+        flags = self._get(self.used + 2)
+        if flags != 2:
+            return flags == 0
+        event = self._get(self.used)
+        offset = event & 0x7FFF
+        if event >> 15 != self._wrap:
+            offset -= self.size
+        return (self._slot - offset - 1) & 0xFFFF < self._offered_last
+
+    def _offer_pieces(self, pieces: Sequence[tuple[int, int, int]]) -> int:
+        number = self._free.pop()
+        head, flags_of_head = self._slot, 0
+        for at, (address, size, flags) in enumerate(pieces):
+            more = flags | (NEXT if at < len(pieces) - 1 else 0) | self.available
+            self.set_descriptor(
+                self._slot, address, size, number, more if at else 0 if self._wrap else AVAILABLE | USED
+            )
+            if not at:
+                flags_of_head = more
+            self._slot += 1
+            if self._slot == self.size:
+                self._slot, self._wrap = 0, self._wrap ^ 1
+        self._chains[number] = self._offered_last = len(pieces)
+        # Last, for it shows the whole chain.
+        self._set(self.descriptors + 16 * head + 14, flags_of_head)
+        return number
+
+    def _link(self, flags: int, at: int, count: int) -> tuple[int, int]:
+        return 0, flags
+
+    def set_descriptor(self, slot: int, address: int, size: int, number: int, flags: int) -> None:
+        """Write a descriptor, whatever it says."""
+        self.memory.write(self.descriptors + 16 * slot, struct.pack("<QIHH", address, size, number, flags))
+
+    def take(self) -> list[tuple[int, int]]:
         entries: list[tuple[int, int]] = []
-
-        def enough() -> bool:
-            entries.extend(self.take())
-            return len(entries) >= count
-
-        wait_until(enough, timeout)
+        while len(entries) <= self.size:
+            at = self.descriptors + 16 * self._used_slot
+            flags = self._get(at + 14)
+            if bool(flags & AVAILABLE) != self._used_wrap or bool(flags & USED) != self._used_wrap:
+                break
+            length, number = struct.unpack("<IH", self.memory.read(at + 8, 6))
+            # What cannot be read past is told, and the end of it.
+            is_known = number in self._chains
+            entries.append((number, length))
+            if is_known:
+                self._free.insert(0, number)
+            count = self._chains.pop(number, 1)
+            self.consumed += count
+            self._used_slot += count
+            if self._used_slot >= self.size:
+                self._used_slot, self._used_wrap = self._used_slot - self.size, self._used_wrap ^ 1
+            if not is_known:
+                break
         return entries
-
-    def data(self, chain: Chain) -> bytes:
-        """What is in the room of a chain."""
-        return b"".join(self.memory.read(address, size) for address, size in chain.writable)
-
-    def close(self) -> None:
-        """Close its descriptors."""
-        for notifier in (self.kick, self.call, self.error):
-            notifier.close()
 
 
 def wait_until(condition: Callable[[], object], timeout: float) -> bool:
