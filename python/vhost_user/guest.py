@@ -560,7 +560,8 @@ class _Machine:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-            owned.callback(_end, self.process)
+            self._watcher = _Watcher(self.process.pid)
+            owned.callback(_end, self.process, self._watcher)
             theirs.close()
             self.doing = ""  # what the guest is busy with, or was when it hung or we were interrupted
             self._deadline = 0.0
@@ -635,7 +636,7 @@ class _Machine:
 
     def end(self) -> str:
         """Kill what is left, and return the log."""
-        _end(self.process)
+        _end(self.process, self._watcher)
         self._last_log = self.log()
         self._release()
         return self._last_log
@@ -661,11 +662,43 @@ class _Machine:
         return GuestError(_story(f"the guest {verb} while {self.doing}", kernel=self.log()))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+class _Watcher:
+    """A process that kills a process group when this one is gone, even by SIGKILL: a guest left alone never ends."""
+
+    def __init__(self, group: int) -> None:
+        # Its end of file is when the last who can write is gone: that is us, for nobody inherits it.
+        reading, self._writing = os.pipe()
+        try:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                ["/bin/sh", "-c", f"read -r _; kill -KILL -{group}"],
+                stdin=reading,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # What is typed at the terminal, or sent to our group, is not for it.
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._writing)
+            os.killpg(group, signal.SIGKILL)
+            raise
+        finally:
+            os.close(reading)
+
+    def dismiss(self) -> None:
+        """It is not needed any more."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            os.close(self._writing)
+
+
+def _end(process: subprocess.Popen[bytes], watcher: _Watcher) -> None:
     if process.returncode is not None:
         return
     # Before the wait: until then the process exists, if only as a zombie, and the group's number is no one else's.
     os.killpg(process.pid, signal.SIGKILL)
+    watcher.dismiss()
     process.wait()
     for _ in range(1000):  # its helpers are dead a moment later
         if not _lives(process.pid):

@@ -227,11 +227,14 @@ def test_a_guest_ends_with_the_program_that_started_it(scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
 
 
-def test_a_guest_does_not_outlive_a_program_that_is_killed(scratch: Path) -> None:
-    program = "from vhost_user.guest import Uml; uml = Uml().start(); print(uml.pid, flush=True); input()"
+@pytest.mark.parametrize("then", ["input()", "uml.run('while :; do :; done', timeout=None)"], ids=["idle", "busy"])
+def test_a_guest_does_not_outlive_a_program_that_is_killed(scratch: Path, then: str) -> None:
+    program = f"from vhost_user.guest import Uml; uml = Uml().start(); print(uml.pid, flush=True); {then}"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
+        # A guest hears of the end of the program itself, unless it is busy: which it is soon.
+        time.sleep(0.2)
         parent.kill()
     deadline = time.monotonic() + 20
     while processes_of(pid) and time.monotonic() < deadline:
