@@ -10,6 +10,8 @@ the guest and every device are idle. It moves only while somebody waits for the 
 `Simulation.run_for`. User-Mode Linux calls this ``time-travel=ext``; the simulation is what its documentation calls the
 calendar, and the devices get their kicks and give their calls in-band, so that nothing happens behind its back.
 
+The guest gets no random numbers from this machine, and makes the same ones in every run: keep no secrets in it.
+
 Everything runs on the thread that uses the simulation. vhost-user specification, "In-band notifications".
 """
 
@@ -22,6 +24,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -106,8 +109,7 @@ class Simulation:
     def __init__(self, *, patience: float = PATIENCE) -> None:
         self.patience = patience
         self.trace: list[Event] = []
-        """What devices and commands have done so far. Two runs of the same program have equal traces; after the first
-        15 seconds of the guest's life some nanoseconds may lie between them."""
+        """What devices and commands have done so far. Two runs of the same program have equal traces."""
         self._now = 0
         self._planned: list[_Planned] = []
         self._cancelled: set[int] = set()
@@ -472,12 +474,19 @@ class SimulatedUml(Uml):
         # The line comes first: whatever consoles there are beside it, it is hvc0.
         first = sorted(self._simulation._participants, key=lambda other: other.device is not self._line)
         self.devices = [(other.path, other.device.device_id) for other in first]
-        return super()._command_line(channel, directory)
+        # The kernel makes random numbers of its command line, too, and sets timers by them: a path that is another one
+        # in each run may not be in it. So they are relative to the simulation's folder.
+        kernel, *parameters = super()._command_line(channel, Path("uml"))
+        launcher = Path(__file__).with_name("_predictable.py")
+        return [sys.executable, "-I", "-S", str(launcher), str(path.parent), os.path.abspath(kernel), *parameters]
 
     def _channel_parameters(self, channel: int) -> list[str]:
-        calendar = self._simulation._path("calendar.sock")
         # Without a console of its own, the kernel would write its messages to the line.
-        return [f"time-travel=ext:{calendar}", "norandmaps", "console=tty0"]
+        return ["time-travel=ext:calendar.sock", "norandmaps", "console=tty0"]
+
+    @staticmethod
+    def _parameter(path: StrPath, device_id: int, platform_id: int | None = None) -> str:
+        return Uml._parameter(Path(path), device_id, platform_id).replace(f"{Path(path).parent}/", "")
 
     def _now(self) -> float:
         return self._simulation.now
