@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 import raw
 import vhost_user as vu
 from raw import Id
-from specimens import Reverse, Serve
+from specimens import Hold, Reverse, Serve
 from storage_daemon import storage_daemon
 from vhost_user.devices import Rng
 from vhost_user.extensions import SharedObjects
 from vhost_user.guest import Uml
+from vhost_user.trace import packed
 from vhost_user.trace.model import Record, from_json, to_json
 from vhost_user.trace.proxy import Proxy, Source, running
 from vhost_user.trace.views import JsonLines, Lines
@@ -419,6 +420,110 @@ def test_requests_and_completions_are_seen_in_the_ring(
     assert {activity.indirect for activity in requests} == {indirect}
     assert {activity.writable[0].size for activity in requests} == {32}
     assert guest.stop(ring) == 40
+
+
+PACKED = vu.TransportFeature.RING_PACKED
+
+
+@pytest.fixture
+def packed_device() -> Hold:
+    """One that completes nothing before it was seen that it has it."""
+    device = Hold()
+    device.packed_rings = True
+    return device
+
+
+@pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
+@pytest.mark.parametrize("extra", [0, vu.TransportFeature.EVENT_IDX], ids=["flags", "event_idx"])
+def test_a_packed_ring_is_followed(serve: Serve, trace: Trace, packed_device: Hold, indirect: bool, extra: int) -> None:
+    path, records = trace(serve(packed_device), ring=True)
+    features = PACKED | vu.TransportFeature.VERSION_1 | vu.TransportFeature.INDIRECT_DESC | extra
+    with vu.Frontend.connect(path) as frontend:
+        queue = frontend.negotiate(features).queue(0, 7, indirect=indirect)
+        for number in range(20):
+            word = b"request %d" % number
+            waiting = queue.submit([word, b"!"], [20, 12])
+            seen(records, "request", number + 1)
+            held = packed_device.next()
+            held.write(held.read()[::-1])
+            held.complete()
+            assert waiting.wait() == b"!" + word[::-1]
+            seen(records, "completion", number + 1)
+        queue.stop()
+    requests = [record.activity for record in seen(records, "request") if record.activity]
+    completions = [record.activity for record in seen(records, "completion") if record.activity]
+    assert [activity.index for activity in requests] == list(range(20)) == [activity.index for activity in completions]
+    assert [activity.data for activity in requests] == [b"request %d!" % number for number in range(20)]
+    assert [activity.data for activity in completions] == [(b"request %d!" % number)[::-1] for number in range(20)]
+    assert [activity.head for activity in requests] == [number * (1 if indirect else 4) % 7 for number in range(20)]
+    assert {tuple(buffer.size for buffer in activity.writable) for activity in requests} == {(20, 12)}
+    assert {(activity.indirect, activity.late) for activity in requests} == {(indirect, False)}
+    assert all(record.latency for record in seen(records, "completion"))
+    assert [record.text for record in records if record.event == "note"] == []
+    # The device names the descriptor that it waits for, if it may.
+    wishes = {activity.wish for activity in requests}
+    assert (f"at {requests[1].head}/1" in wishes) is bool(extra), wishes
+
+
+def test_a_packed_ring_is_followed_from_its_base(serve: Serve, trace: Trace, packed_device: Hold) -> None:
+    path, records = trace(serve(packed_device), ring=True)
+    with vu.Frontend.connect(path) as frontend:
+        queue = frontend.negotiate(PACKED | vu.TransportFeature.VERSION_1).queue(0, 8, base=0x0007_0007)
+        for number in range(3):
+            waiting = [queue.submit(b"ab", 2) for _ in range(2)]
+            seen(records, "request", 2 * number + 2)
+            first, second = packed_device.next(), packed_device.next()
+            # The other way around.
+            second.complete()
+            waiting[1].wait()
+            first.complete()
+            waiting[0].wait()
+            seen(records, "completion", 2 * number + 2)
+    heads = [record.activity.head for record in seen(records, "completion") if record.activity]
+    assert heads == [1, 7, 5, 3, 1, 7]
+
+
+def test_requests_of_a_packed_ring_that_were_done_at_once_are_seen_late() -> None:
+    used, available = packed.AVAILABLE | packed.USED, packed.AVAILABLE
+    ring = [packed.Descriptor(0, 0, 0, 0)] * 8
+    # Three and one descriptors with the buffer ids 5 and 6, the head of each of which the device wrote over.
+    ring[0] = packed.Descriptor(0x1000, 64, 5, used)
+    ring[1] = packed.Descriptor(0x2000, 16, 5, available | packed.NEXT)
+    ring[2] = packed.Descriptor(0x3000, 16, 5, available)
+    ring[3] = packed.Descriptor(0x4000, 32, 6, used)
+    positions = packed.Positions.of(0x8000_8000)
+    requests, completions = packed.chains(ring, positions)
+    assert [(each.slot, each.number, len(each.descriptors), each.late) for each in requests] == [
+        (0, 5, 2, True),
+        (3, 6, 0, True),
+    ]
+    assert completions == [(5, 64), (6, 32)]
+    assert packed.chains(ring, positions) == ([], [])
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_a_big_endian_ring_is_followed(
+    serve: Serve, trace: Trace, front_end: Callable[[Path], raw.FrontEnd], memory: raw.Memory, indirect: bool
+) -> None:
+    device = Reverse()
+    device.cross_endian = True
+    path, records = trace(serve(device), ring=True)
+    guest = front_end(path)
+    guest.negotiate(raw.PROTOCOL_FEATURES | raw.INDIRECT_DESC, raw.REPLY_ACK | raw.CROSS_ENDIAN)
+    guest.share(memory)
+    ring = raw.Ring(memory, order=">")
+    guest.tell(Id.SET_VRING_ENDIAN, raw.vring_state(ring.index, 1))
+    guest.start(ring)
+    for number in range(20):
+        data = f"request {number}".encode()
+        assert guest.exchange(ring, data, 32, indirect=indirect) == data[::-1]
+        seen(records, "completion", number + 1)
+    requests = [record.activity for record in seen(records, "request") if record.activity]
+    completions = [record.activity for record in seen(records, "completion") if record.activity]
+    assert [activity.data for activity in requests] == [f"request {number}".encode() for number in range(20)]
+    assert [activity.data for activity in completions] == [f"request {number}".encode()[::-1] for number in range(20)]
+    assert {activity.writable[0].size for activity in requests} == {32}
+    assert [record.text for record in records if record.event == "note"] == []
 
 
 def test_a_ring_is_followed_from_its_base_and_not_after_its_stop(

@@ -78,11 +78,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Activity:
-    """What happened in a ring. Virtio 1.3, section 2.7."""
+    """What happened in a ring. Virtio 1.3, sections 2.7 and 2.8."""
 
     queue: int
     index: int
-    """The number of the request in the ring, modulo 65536."""
+    """The number of the request in the ring, modulo 65536; in a packed ring, of those that were seen."""
     head: int
     """Its first descriptor."""
     readable: tuple[Buffer, ...] = ()
@@ -94,6 +94,9 @@ class Activity:
     """The first bytes that the driver sent, or the device wrote."""
     late: bool = False
     """It was done when it was looked at: the driver may have changed descriptors and bytes since."""
+    wish: str = ""
+    """In a packed ring, what event suppression said of the kick, or call, for it: "off", or "at N/W", a descriptor and
+    its wrap counter; empty where each is wanted."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def to_json(record: Record) -> dict[str, Any]:
     if record.latency is not None:
         item["latency_ns"] = record.latency
     if activity := record.activity:
-        item |= {key: value for key, value in vars(activity).items() if value is not None}
+        item |= {key: value for key, value in vars(activity).items() if value not in (None, "")}
         item["readable"] = [vars(buffer) for buffer in activity.readable]
         item["writable"] = [vars(buffer) for buffer in activity.writable]
         item["data"] = activity.data.hex()
@@ -200,6 +203,7 @@ def from_json(item: dict[str, Any]) -> Record:
             written=item.get("written"),
             data=bytes.fromhex(item["data"]),
             late=item["late"],
+            wish=item.get("wish", ""),
         )
     return Record(
         time=int(item["time_ns"]),

@@ -1,4 +1,4 @@
-"""Requests and completions, as the rings in shared memory show them. Virtio 1.3, section 2.7 (split rings).
+"""Requests and completions, as the rings in shared memory show them. Virtio 1.3, sections 2.7 and 2.8.
 
 Nothing is ever written, nor mapped: memory is read with pread from the descriptors that the front-end shares, so that
 a file that is cut short is an error here and not a signal. Kick descriptors are watched by edge, which takes nothing
@@ -8,6 +8,7 @@ out of them. What changed between two looks is seen late, or not at all if the r
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import selectors
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .model import Activity, Buffer, Record
+from .packed import Descriptor, Positions, chains, wish
 
 #: Seconds between two looks while something goes on, and while nothing does.
 BUSY = 0.001
@@ -30,8 +32,7 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 RING_PACKED = 1 << 34
 EPOLLET = select.EPOLLET
 
-DESCRIPTOR = struct.Struct("<QIHH")
-USED = struct.Struct("<II")
+DESCRIPTOR_SIZE = 16
 
 
 class NotThere(Exception):
@@ -95,6 +96,7 @@ class Pending:
     """A request that the device has."""
 
     index: int
+    head: int
     time: int
     writable: tuple[Buffer, ...]
     late: bool
@@ -113,7 +115,13 @@ class Ring:
     avail: int = 0
     used: int = 0
     pending: dict[int, deque[Pending]] = field(default_factory=lambda: defaultdict(deque))
-    """By first descriptor."""
+    """By first descriptor, or by buffer id in a packed ring."""
+    order: str = "<"
+    """The byte order of its fields, as `struct` has it."""
+    positions: Positions = field(default_factory=Positions)
+    """Of a packed ring."""
+    count: int = 0
+    """Requests that were seen in a packed ring, whose descriptors have no number of their own."""
     complained: str = ""
     kick: int | None = None
 
@@ -123,6 +131,7 @@ class Ring:
 
     def restart(self, base: int) -> None:
         self.avail = self.used = base & 0xFFFF
+        self.positions = Positions.of(base)
         self.pending.clear()
 
 
@@ -200,6 +209,8 @@ class Follower:
                 self._ring(fields).size = fields["num"]
             case "SET_VRING_ADDR":
                 self._ring(fields).addresses = (fields["descriptors"], fields["used"], fields["avail"])
+            case "SET_VRING_ENDIAN":
+                self._ring(fields).order = ">" if fields["num"] == 1 else "<"
             case "SET_VRING_BASE":
                 self._ring(fields).restart(fields["num"])
             case "SET_VRING_KICK":
@@ -276,33 +287,65 @@ class Follower:
     # --- The ring itself --------------------------------------------------------------------------------------------
 
     def _look_at(self, ring: Ring) -> None:
-        if self._packed:
-            self._complain(ring, "packed rings are not followed")
-        elif ring.addresses is None or not ring.size or ring.size & (ring.size - 1):
-            self._complain(ring, "a ring without addresses, or whose size is not a power of two, is not followed")
+        if ring.addresses is None or not ring.size:
+            self._complain(ring, "a ring without addresses or size is not followed")
+        elif ring.size & (ring.size - 1) and not self._packed:
+            self._complain(ring, "a split ring whose size is not a power of two is not followed")
         else:
             try:
-                self._compare(ring, *ring.addresses)
+                if self._packed:
+                    self._compare_packed(ring, *ring.addresses)
+                else:
+                    self._compare(ring, *ring.addresses)
             except NotThere as error:
                 self._complain(ring, str(error))
 
     def _compare(self, ring: Ring, table: int, used: int, avail: int) -> None:
         # In this order: the request of every completion is seen.
-        used_index = self._index(used)
-        avail_index = self._index(avail)
+        used_index = self._index(ring, used)
+        avail_index = self._index(ring, avail)
         available = self._moved(ring, "available", ring.avail, avail_index)
         done = self._moved(ring, "used", ring.used, used_index)
         if available or done:
             self._last_activity = self._clock()
-        seen = [USED.unpack(self._user(used + 4 + 8 * ((ring.used + number) % ring.size), 8)) for number in range(done)]
+        entry = struct.Struct(ring.order + "II")
+        seen = [
+            entry.unpack(self._user(used + 4 + 8 * ((ring.used + number) % ring.size), 8)) for number in range(done)
+        ]
         finished = Counter(head for head, _ in seen)
         for number in range(available):
             index = (ring.avail + number) & 0xFFFF
-            (head,) = struct.unpack("<H", self._user(avail + 4 + 2 * (index % ring.size), 2))
-            self._requested(ring, index, head, table, finished[head] > len(ring.pending[head]))
+            (head,) = struct.unpack(ring.order + "H", self._user(avail + 4 + 2 * (index % ring.size), 2))
+            late = finished[head] > len(ring.pending[head])
+            self._requested(ring, index, head, head, self._chain(ring, head, table), late)
         for head, written in seen:
             self._completed(ring, head, written)
         ring.avail, ring.used = avail_index, used_index
+
+    def _compare_packed(self, ring: Ring, table: int, device: int, driver: int) -> None:
+        # From where the next chain begins: the driver writes its first descriptor last, and this one is read first.
+        begin = DESCRIPTOR_SIZE * (ring.positions.avail % ring.size)
+        late = self._user(table + begin, DESCRIPTOR_SIZE * ring.size - begin)
+        content = (self._user(table, begin) if begin else b"") + late
+        calls, kicks = wish(self._user(driver, 4)), wish(self._user(device, 4))
+        descriptors = list(itertools.starmap(Descriptor, struct.iter_unpack("<QIHH", content)))
+        requests, completions = chains(descriptors, ring.positions)
+        if requests or completions:
+            self._last_activity = self._clock()
+        for request in requests:
+            rows = self._rows(ring, request.descriptors)
+            self._requested(ring, ring.count, request.slot, request.number, rows, request.late, kicks)
+            ring.count = (ring.count + 1) & 0xFFFF
+        for number, written in completions:
+            self._completed(ring, number, written, calls)
+
+    def _rows(self, ring: Ring, descriptors: Sequence[Descriptor]) -> Iterator[tuple[int, int, int]]:
+        for descriptor in descriptors:
+            yield descriptor.size, descriptor.flags, descriptor.address
+            if descriptor.flags & INDIRECT:
+                # Its entries follow each other, whatever they say.
+                for address, size, _, flags in self._table(ring, descriptor.address, descriptor.size):
+                    yield size, flags & WRITE, address
 
     def _moved(self, ring: Ring, name: str, before: int, after: int) -> int:
         """How many entries are new, and still there."""
@@ -313,10 +356,19 @@ class Follower:
         ring.pending.clear()
         return 0
 
-    def _requested(self, ring: Ring, index: int, head: int, table: int, late: bool) -> None:
+    def _requested(
+        self,
+        ring: Ring,
+        index: int,
+        head: int,
+        key: int,
+        rows: Iterator[tuple[int, int, int]],
+        late: bool,
+        wish: str = "",
+    ) -> None:
         problem, buffers, indirect = "", [], False
         try:
-            for size, flags, address in self._chain(ring, head, table):
+            for size, flags, address in rows:
                 if flags & INDIRECT:
                     indirect = True
                 else:
@@ -325,19 +377,21 @@ class Follower:
             problem = str(error)
         readable = tuple(buffer for writes, buffer in buffers if not writes)
         writable = tuple(buffer for writes, buffer in buffers if writes)
-        activity = Activity(ring.number, index, head, readable, writable, indirect, late=late)
+        activity = Activity(ring.number, index, head, readable, writable, indirect, late=late, wish=wish)
         with contextlib.suppress(NotThere):
             activity = replace(activity, data=self._first(readable, SHOWN))
         now = self._clock()
-        ring.pending[head].append(Pending(index, now, writable, late))
+        ring.pending[key].append(Pending(index, head, now, writable, late))
         self._sink(replace(self._blank, time=now, event="request", text=problem, activity=activity))
 
-    def _completed(self, ring: Ring, head: int, written: int) -> None:
-        requests = ring.pending[head]
-        pending = requests.popleft() if requests else None
+    def _completed(self, ring: Ring, key: int, written: int, wish: str = "") -> None:
+        requests = ring.pending[key]
         now = self._clock()
-        index, writable, late = (pending.index, pending.writable, pending.late) if pending else (0, (), False)
-        activity = Activity(ring.number, index, head, writable=writable, written=written, late=late)
+        pending = requests.popleft() if requests else None
+        found = pending or Pending(0, key, now, (), False)
+        activity = Activity(
+            ring.number, found.index, found.head, writable=found.writable, written=written, late=found.late, wish=wish
+        )
         problem = "" if pending else "no request was made with this descriptor"
         with contextlib.suppress(NotThere):
             activity = replace(activity, data=self._first(activity.writable, min(SHOWN, written)))
@@ -347,7 +401,7 @@ class Follower:
                 time=now,
                 event="completion",
                 sender="back-end",
-                latency=now - pending.time if pending and not late else None,
+                latency=now - pending.time if pending and not pending.late else None,
                 text=problem,
                 activity=activity,
             )
@@ -359,19 +413,17 @@ class Follower:
         for _ in range(ring.size):
             if at >= ring.size:
                 raise NotThere(f"descriptor {at} does not exist: the table has {ring.size}")
-            address, size, flags, following = DESCRIPTOR.unpack(self._user(table + 16 * at, 16))
+            address, size, flags, following = struct.unpack(ring.order + "QIHH", self._user(table + 16 * at, 16))
             yield size, flags, address
             if flags & INDIRECT:
-                yield from self._indirect(address, size)
+                yield from self._indirect(ring, address, size)
             if not flags & NEXT:
                 return
             at = following
         raise NotThere(f"the chain at descriptor {head} loops")
 
-    def _indirect(self, table: int, size: int) -> Iterator[tuple[int, int, int]]:
-        if not size or size % DESCRIPTOR.size or size > MAX_INDIRECT * DESCRIPTOR.size:
-            raise NotThere(f"an indirect table has a multiple of 16 bytes, up to {MAX_INDIRECT * 16}, not {size}")
-        entries = list(DESCRIPTOR.iter_unpack(self._memory.read(table, size)))
+    def _indirect(self, ring: Ring, table: int, size: int) -> Iterator[tuple[int, int, int]]:
+        entries = self._table(ring, table, size)
         at = 0
         for _ in entries:
             if at >= len(entries):
@@ -383,6 +435,11 @@ class Follower:
             at = following
         raise NotThere("an indirect table loops")
 
+    def _table(self, ring: Ring, table: int, size: int) -> list[tuple[int, int, int, int]]:
+        if not size or size % DESCRIPTOR_SIZE or size > MAX_INDIRECT * DESCRIPTOR_SIZE:
+            raise NotThere(f"an indirect table has a multiple of 16 bytes, up to {MAX_INDIRECT * 16}, not {size}")
+        return list(struct.iter_unpack(ring.order + "QIHH", self._memory.read(table, size)))
+
     def _first(self, buffers: Sequence[Buffer], count: int) -> bytes:
         data = b""
         for buffer in buffers:
@@ -390,9 +447,9 @@ class Follower:
                 data += self._memory.read(buffer.address, min(buffer.size, count - len(data)))
         return data
 
-    def _index(self, part: int) -> int:
+    def _index(self, ring: Ring, part: int) -> int:
         """The index of the available or of the used ring."""
-        (index,) = struct.unpack("<H", self._user(part + 2, 2))
+        (index,) = struct.unpack(ring.order + "H", self._user(part + 2, 2))
         return int(index)
 
     def _user(self, address: int, size: int) -> bytes:

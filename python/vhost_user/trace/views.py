@@ -73,6 +73,8 @@ class Lines:
             parts += ["indirect"] * activity.indirect
         else:
             parts = [f"{activity.written} bytes written"]
+        if activity.wish:
+            parts.append(f"{'kicks' if record.event == 'request' else 'calls'} {activity.wish}")
         values = ", ".join(filter(None, [*parts, "seen late" if activity.late else ""]))
         line = f"{_arrow(record)}  {self._paint(CYAN if record.event == 'request' else GREEN, f'{what:<25}')} {values}"
         if activity.data:
