@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -25,8 +26,9 @@ import vhost_user as vu
 from raw import Id
 from specimens import Hold, Reverse, Serve
 from storage_daemon import storage_daemon
-from vhost_user.devices import Rng
+from vhost_user.devices import Blk, Console, Rng
 from vhost_user.extensions import SharedObjects
+from vhost_user.features import by_name
 from vhost_user.guest import Uml
 from vhost_user.trace import packed
 from vhost_user.trace.model import Record, from_json, to_json
@@ -41,7 +43,7 @@ Trace = Callable[..., tuple[Path, list[Record]]]
 def trace(level: None, tmp_path: Path) -> Iterator[Trace]:
     with contextlib.ExitStack() as proxies:
 
-        def start(back_end: Path, **options: bool) -> tuple[Path, list[Record]]:
+        def start(back_end: Path, **options: Any) -> tuple[Path, list[Record]]:
             path = tmp_path / f"traced{len(list(tmp_path.glob('traced*')))}.sock"
             records: list[Record] = []
             proxies.enter_context(running(Proxy(path, back_end, records.append, **options)))
@@ -133,6 +135,29 @@ def test_a_disk_that_nobody_here_wrote_is_seen_too(level: None, tmp_path: Path, 
     # A status alone for what was written, and one behind what was read.
     written = {record.activity.written for record in seen(records, "completion") if record.activity}
     assert {1, 513} <= written
+
+
+def test_feature_bits_have_the_names_of_the_device_type(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Blk(1 << 20, num_queues=2)))
+    with vu.Frontend.connect(path) as frontend:
+        # What it is shows when its configuration is read.
+        frontend.negotiate()
+        frontend.read_config(60)
+        assert frontend.exchange("GET_FEATURES")
+    answers = [record for record in records if record.event == "message" and record.decoded.name == "GET_FEATURES"]
+    shown = [set(record.fields["names"]) for record in answers if record.decoded.answer]
+    assert {"bit 6", "bit 9", "bit 12"} < shown[0]
+    assert {"BLK_SIZE", "FLUSH", "MQ", "VERSION_1", "EVENT_IDX"} < shown[-1]
+    assert not any(name.startswith("bit ") for name in shown[-1])
+
+
+def test_the_device_type_may_be_said(serve: Serve, trace: Trace) -> None:
+    path, records = trace(serve(Console()), device=by_name("console"))
+    with vu.Frontend.connect(path) as frontend:
+        frontend.negotiate()
+    out = io.StringIO()
+    JsonLines(out)(first(records, "SET_FEATURES"))
+    assert "SIZE" in json.loads(out.getvalue())["fields"]["names"]
 
 
 def with_a_channel(guest: raw.FrontEnd, memory: raw.Memory) -> raw.Channel:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
 from .command import FAILURE, CommandParser, UsageError, ended_by_signals
+from .info import add_device_argument
 
 if TYPE_CHECKING:
     from ..trace.proxy import Sink
@@ -31,6 +32,7 @@ def configure(parser: CommandParser) -> None:
     parser.add_argument("--listen", metavar="PATH", type=Path, help="where the front-end connects")
     parser.add_argument("--connect", metavar="PATH", type=Path, help="where the back-end listens")
     parser.add_argument("--ring", action="store_true", help="also show requests in the rings; nothing is written there")
+    add_device_argument(parser)
     parser.add_argument("--json", metavar="FILE", help="write JSON lines to FILE; '-': to the output, instead of text")
     parser.add_argument("--pcapng", metavar="FILE", help="write packets for Wireshark to FILE; '-': as above")
     parser.add_argument("--quiet", action="store_true", help="show no text")
@@ -67,6 +69,7 @@ def _trace(arguments: argparse.Namespace) -> int:
             channel=not arguments.no_channel,
             ring=arguments.ring,
             once=arguments.once,
+            device=arguments.device,
         ) as proxy:
             print(_instructions(arguments), file=sys.stderr, flush=True)
             proxy.run()

@@ -8,11 +8,12 @@ import os
 import socket
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from .._core import DecodedMessage, decode, messages
+from ..features import UNKNOWN, DeviceType
 
 #: "main" carries the front-end's requests, "back-end" those of the back-end.
 Channel = Literal["main", "back-end"]
@@ -119,6 +120,8 @@ class Record:
     text: str = ""
     """What there is to say about anything but a message."""
     activity: Activity | None = None
+    device: DeviceType = field(default=UNKNOWN, compare=False)
+    """What the back-end is taken for, which gives names to feature bits."""
 
     @cached_property
     def header(self) -> tuple[int, int, int]:
@@ -135,6 +138,14 @@ class Record:
         """A message by names and values."""
         request, flags, _ = self.header
         return decode(self.channel, self.sender, request, flags, self.payload, len(self.descriptors))
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The values of a message by name. Bits of features have the names of the device type."""
+        fields = self.decoded.fields
+        if self.decoded.name in ("GET_FEATURES", "SET_FEATURES") and "names" in fields:
+            return fields | {"names": self.device.feature_names(fields["value"])}
+        return fields
 
     @property
     def problem(self) -> str | None:
@@ -167,7 +178,7 @@ def to_json(record: Record) -> dict[str, Any]:
             "name": record.decoded.name,
             "flags": flags,
             "answer": record.decoded.answer,
-            "fields": _plain(record.decoded.fields),
+            "fields": _plain(record.fields),
             "problem": record.problem,
         }
     if record.text:

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
+from ..features import DeviceType
 from ..server import Endpoint, PathLike
 from .assemble import Assembler, Unanswered
 from .model import HEADER, REQUESTS, Channel, Descriptor, Party, Record, is_unix_stream
 from .rings import Follower
+from .types import Types
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Proxy:
         channel: also look at the channel on which the back-end asks.
         ring: also follow the rings, through the memory that the front-end shares. Nothing is ever written to it.
         once: end when the first front-end is gone.
+        device: what the back-end is, which gives names to its feature bits; by default what its answers make plain.
 
     Raises:
         AddressInUse: somebody else listens at `listen`, or it is not a socket.
@@ -70,9 +73,11 @@ class Proxy:
         channel: bool = True,
         ring: bool = False,
         once: bool = False,
+        device: DeviceType | None = None,
     ) -> None:
         self.connect = connect
-        self.sink = sink
+        self._sink = sink
+        self._types = Types(device)
         self.channel = channel
         self.ring = ring
         self.once = once
@@ -97,6 +102,10 @@ class Proxy:
             self.selector.register(wakes_up, selectors.EVENT_READ, self._woken)
             self.selector.register(listener, selectors.EVENT_READ, self._accept)
             self._closing = undo.pop_all()
+
+    def sink(self, record: Record) -> None:
+        """Tell of a record."""
+        self._sink(self._types.known(record))
 
     def run(self) -> None:
         """Forward until `stop`, or, with `once`, until the first front-end is gone."""

@@ -62,7 +62,7 @@ class Lines:
             value = decoded.fields["value"]
             values = "ok" if value == 0 else self._paint(RED, f"failed ({value})")
         else:
-            values = _values(decoded.fields)
+            values = _values(record.fields)
         line = f"{_arrow(record)}  {self._paint(colour, f'{name:<25}')} {values}"
         return line + _descriptors(record.descriptors) + _latency(record) + self._wrong(record.problem)
 
