@@ -1,7 +1,7 @@
 """So many batches of requests to a device in this process: for a program that counts instructions.
 
-`python counted.py empty|read BATCHES`. The chains are all in memory before the ring starts, whether or not they are
-used: what differs with the number of batches is the device's part alone.
+`python counted.py empty|header|headers|read BATCHES`. The chains are all in memory before the ring starts, whether or
+not they are used: what differs with the number of batches is the device's part alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -31,13 +32,38 @@ class Empty(vu.Device, device_id=vu.DeviceId.RNG):
         pass
 
 
+class Header(vu.Device, device_id=vu.DeviceId.RNG):
+    requestq = vu.Queue(size=SIZE)
+
+    @requestq.handler
+    def handle(self, request: vu.Request) -> None:
+        _kind, _sector = request.unpack(HEADER)
+        request.write_tail(b"\0")
+
+
+class Headers(vu.Device, device_id=vu.DeviceId.RNG):
+    requestq = vu.Queue(size=SIZE)
+
+    @requestq.batch_handler
+    def handle(self, batch: vu.Batch) -> None:
+        batch.write_tail([b"\0" for _kind, _sector in batch.unpack(HEADER)])
+
+
 class Disk(Blk):
     _transfer_time = 3600.0
 
 
+DEVICES: dict[str, Callable[[], vu.Device]] = {
+    "empty": Empty,
+    "header": Header,
+    "headers": Headers,
+    "read": lambda: Disk(1 << 20),
+}
+
+
 def main() -> None:
     kind, batches = sys.argv[1], int(sys.argv[2])
-    device: vu.Device = Empty() if kind == "empty" else Disk(1 << 20)
+    device = DEVICES[kind]()
     with tempfile.TemporaryDirectory() as folder, device.start(Path(folder, "device.sock")) as server:
         # Under a program that counts, everything takes long, and nothing may depend on that.
         assert device._runtime._backend
@@ -50,7 +76,8 @@ def main() -> None:
         buffer, status, header = memory.allocate(BLOCK), memory.allocate(1), memory.put(HEADER.pack(0, 0))
         # Every chain is the same one.
         pieces = [(header, HEADER.size, 0), (buffer, BLOCK, 2), (status, 1, 2)]
-        head = ring.add_pieces(pieces if kind == "read" else [(buffer, 64, 2)])
+        chains = {"empty": [(buffer, 64, 2)], "read": pieces}
+        head = ring.add_pieces(chains.get(kind, [pieces[0], pieces[2]]))
         ring.offer(*[head] * (CHAINS - 1))
         ring.avail_index = batches * BATCH
         call = front.set_call(ring)

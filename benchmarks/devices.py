@@ -40,6 +40,16 @@ class Header(vu.Device, device_id=vu.DeviceId.BLOCK):
         request.write_tail(b"\0")
 
 
+class Headers(vu.Device, device_id=vu.DeviceId.BLOCK):
+    """The same, as many at once as there are."""
+
+    requestq = vu.Queue(size=1024)
+
+    @requestq.batch_handler
+    def handle(self, batch: vu.Batch) -> None:
+        batch.write_tail([b"\0" for _kind, _sector in batch.unpack(HEADER)])
+
+
 class Null(Blk):
     """A disk whose own handler moves no data."""
 
@@ -64,8 +74,8 @@ class Sink(vu.Device, device_id=vu.DeviceId.NET):
     txq = vu.Queue(size=1024)
 
     @txq.batch_handler
-    def take(self, requests: list[vu.Request]) -> None:
-        self.packets += len(requests)
+    def take(self, batch: vu.Batch) -> None:
+        self.packets += len(batch)
 
 
 class Source(vu.Device, device_id=vu.DeviceId.NET):
@@ -85,6 +95,7 @@ DEVICES: dict[str, Callable[..., vu.Device]] = {
     "empty": Empty,
     "polling": Polling,
     "header": Header,
+    "headers": Headers,
     "blk": Blk,
     "polling-blk": PollingBlk,
     "null": lambda: Null(1 << 30),

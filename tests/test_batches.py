@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vhost_user as vu
@@ -187,6 +187,121 @@ def test_a_driver_sees_what_is_done_while_a_slow_handler_works_on_the_rest(
     go_on.set()
 
 
+# --- What is done with all of a batch ---------------------------------------------------------------------------------
+
+HEADER = struct.Struct("<HH")
+
+
+class Columns(vu.Device, device_id=NO_TYPE):
+    """Lets a test say what is done with a batch."""
+
+    requestq = vu.Queue()
+
+    def __init__(self, work: Callable[[vu.Batch], object]) -> None:
+        self.work = work
+        self.seen: list[object] = []
+
+    @requestq.batch_handler
+    def handle(self, batch: vu.Batch) -> None:
+        try:
+            self.seen.append(self.work(batch))
+        except Exception as error:
+            self.seen.append(error)
+
+
+@pytest.fixture
+def columns(serve: Serve, connect: Connect, memory: Memory) -> Callable[..., tuple[object, list[bytes]]]:
+    """Let a device do something with a batch of requests, which hold such data and have room for 8 bytes. Gives what
+    that returned, and what the driver gets."""
+
+    def run(work: Callable[[vu.Batch], object], *data: bytes) -> tuple[object, list[bytes]]:
+        device = Columns(work)
+        front = connect(serve(device))
+        front.negotiate()
+        front.share(memory)
+        ring = Ring(memory, size=64)
+        chains = {chain.head: chain for chain in (ring.add([each], [8]) for each in data)}
+        front.start(ring)
+        done = dict(ring.wait(len(data)))
+        return device.seen[0], [chain.written(done[head]) for head, chain in chains.items()]
+
+    return run
+
+
+Run = Callable[..., tuple[object, list[bytes]]]
+
+
+def test_a_batch_is_a_list_of_requests(columns: Run) -> None:
+    seen, _ = columns(lambda batch: (isinstance(batch, list), [type(each) for each in batch]), b"a", b"b")
+    assert seen == (True, [vu.Request, vu.Request])
+
+
+def test_a_batch_reads_from_each_request(columns: Run) -> None:
+    seen, _ = columns(lambda batch: (batch.read(1), batch.read()), b"abc", b"de")
+    assert seen == ([b"a", b"d"], [b"bc", b"e"])
+
+
+@pytest.mark.parametrize("layout", [HEADER, "<HH", "@HH"])
+def test_a_batch_unpacks_each_request_from_where_it_is(columns: Run, layout: str | struct.Struct) -> None:
+    seen, _ = columns(
+        lambda batch: (batch.unpack(layout), batch.unpack("<B")), HEADER.pack(1, 2) + b"\3", HEADER.pack(4, 5) + b"\6"
+    )
+    assert seen == ([(1, 2), (4, 5)], [(3,), (6,)])
+
+
+def test_a_batch_writes_the_same_to_each_request(columns: Run) -> None:
+    _, answers = columns(lambda batch: batch.write(bytearray(b"xy")), b"a", b"b")
+    assert answers == [b"xy", b"xy"]
+
+
+def test_a_batch_writes_to_each_request_its_own(columns: Run) -> None:
+    _, answers = columns(lambda batch: batch.write([b"x", memoryview(b"yz")]), b"a", b"b")
+    assert answers == [b"x", b"yz"]
+
+
+@pytest.mark.parametrize(("tail", "ends"), [(b"!", b"!!"), ([b"1", b"2"], b"12")])
+def test_a_batch_writes_the_last_bytes_of_each_request(columns: Run, tail: bytes | list[bytes], ends: bytes) -> None:
+    _, answers = columns(lambda batch: batch.write_tail(tail), b"a", b"b")
+    assert [len(answer) for answer in answers] == [8, 8]
+    assert b"".join(answer[-1:] for answer in answers) == ends
+
+
+@pytest.mark.parametrize("method", ["write", "write_tail"])
+def test_a_list_that_has_not_one_item_for_each_request_writes_nothing(columns: Run, method: str) -> None:
+    seen, answers = columns(lambda batch: getattr(batch, method)([b"x"]), b"a", b"b")
+    assert isinstance(seen, ValueError)
+    assert "1 items were given for 2 requests" in str(seen)
+    assert answers == [b"", b""]
+
+
+def test_a_part_of_a_batch_is_a_batch(columns: Run) -> None:
+    _, answers = columns(
+        lambda batch: vu.Batch(request for request in batch if request.read(1) == b"w").write(b"!"), b"w", b"r", b"w"
+    )
+    assert answers == [b"!", b"", b"!"]
+
+
+def test_a_request_that_is_too_short_stops_a_batch_where_it_is(columns: Run) -> None:
+    seen, _ = columns(lambda batch: batch.unpack(HEADER), b"1234", b"123")
+    assert isinstance(seen, vu.RequestUnderflow)
+    assert "4 bytes are needed, 3 are left" in str(seen)
+
+
+def test_a_batch_with_a_completed_request_is_refused(columns: Run) -> None:
+    def complete_and_write(batch: vu.Batch) -> None:
+        batch[0].complete()
+        batch.write(b"x")
+
+    seen, answers = columns(complete_and_write, b"a", b"b")
+    assert isinstance(seen, vu.RequestCompleted)
+    assert answers == [b"", b""]
+
+
+def test_what_is_no_request_is_refused(columns: Run) -> None:
+    seen, _ = columns(lambda batch: vu.Batch([*batch, "x"]).read(), b"a")  # type: ignore[list-item]
+    assert isinstance(seen, TypeError)
+
+
 # --- Bursts -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +342,36 @@ def test_an_item_that_is_too_long_ends_a_push_of_many_and_keeps_its_buffer(
     assert ring.wait() == [(first.head, 1)]
     assert device.rxq.push_many([b"2"]) == 1
     assert ring.wait() == [(second.head, 1)]
+
+
+def test_a_buffer_that_is_too_short_stays_the_drivers(source: tuple[Source, FrontEnd, Ring]) -> None:
+    device, _, ring = source
+    ring.add([], [4])
+    with pytest.raises(vu.RequestOverflow, match="5 bytes do not fit in the 4"):
+        device.rxq.push_many([b"12345"])
+    assert (device.rxq.available, device.rxq.in_flight) == (1, 0)
+    assert device.rxq.statistics.requests == 0
+
+
+def test_a_push_counts_as_a_request(source: tuple[Source, FrontEnd, Ring]) -> None:
+    device, _, ring = source
+    for _ in range(3):
+        ring.add([b"read"], [4])
+    device.rxq.push(b"1")
+    device.rxq.push_many([b"22", b"333"])
+    ring.wait(3)
+    seen = device.rxq.statistics
+    assert (seen.requests, seen.bytes_read, seen.bytes_written) == (3, 12, 6)
+
+
+def test_a_chain_that_breaks_the_ring_is_told_by_the_next_push(source: tuple[Source, FrontEnd, Ring]) -> None:
+    device, _, ring = source
+    good = ring.add([], [4])
+    ring.add_pieces([(0x10, 4, 2)])
+    assert device.rxq.push_many([b"1", b"2"]) == 1
+    assert ring.wait() == [(good.head, 1)]
+    with pytest.raises(vu.ProtocolError, match="outside guest memory"):
+        device.rxq.push(b"2")
 
 
 def test_what_is_no_buffer_ends_a_push_of_many(source: tuple[Source, FrontEnd, Ring]) -> None:
@@ -311,6 +456,8 @@ def test_every_format_is_read_as_by_the_struct_module() -> None:
     with connect_driver(device) as driver:
         queue = driver.queues[0]
 
+        # On a busy machine anything may take long.
+        @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
         @given(
             order=st.sampled_from(["<", ">", "!", "=", "@", ""]),
             codes=st.lists(CODES, max_size=6),

@@ -25,11 +25,12 @@ from .errors import (
 from .frontend import Completion, DriverQueue, Event, Frontend
 from .ids import DeviceId
 from .loop import Loop, Timer, Watch
-from .queues import DeviceQueue, Queue, QueueStatistics
+from .queues import Batch, DeviceQueue, Queue, QueueStatistics
 from .server import Server
 
 __all__ = [
     "AddressInUse",
+    "Batch",
     "Completion",
     "DeclarationError",
     "Device",

@@ -7,6 +7,8 @@ from typing import Any, Protocol, final
 
 from typing_extensions import Buffer
 
+from .queues import Batch
+
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -139,7 +141,7 @@ class BatchHandler:
 
     def __new__(
         cls,
-        together: Callable[[list[Request]], list[Request] | None],
+        together: Callable[[Batch], list[Request] | None],
         each: Callable[[Request], object] | None,
     ) -> BatchHandler: ...
 
@@ -625,6 +627,18 @@ def transfer_blocks(
 
     Returns the others, untouched, and those that did not go well. Virtio 1.3, section 5.2.6.
     """
+
+def read_each(requests: list[Request], size: int) -> list[bytes]:
+    """As `Request.read`, of each of `requests`."""
+
+def unpack_each(requests: list[Request], format: str | Struct) -> list[tuple[Any, ...]]:
+    """As `Request.unpack`, of each of `requests`."""
+
+def write_each(requests: list[Request], data: Buffer | list[Any]) -> None:
+    """As `Request.write`, to each of `requests`: the same bytes, or those of a list that has some for each."""
+
+def write_tail_each(requests: list[Request], data: bytes | list[bytes]) -> None:
+    """As `Request.write_tail`, likewise."""
 
 def decode(channel: str, sender: str, request: int, flags: int, payload: bytes, descriptors: int) -> DecodedMessage:
     """Decode a message that the `sender`, "front-end" or "back-end", sent on a `channel`, "main" or "back-end".

@@ -6,16 +6,20 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
+from ._core import Request, read_each, unpack_each, write_each, write_tail_each
 from .errors import DeclarationError, QueueFull, RequestOverflow
 
 if TYPE_CHECKING:
-    from ._core import Backend, Request
+    from struct import Struct
+
+    from ._core import Backend
     from .device import Device
 
 Buffer = bytes | bytearray | memoryview
 Handler = TypeVar("Handler", bound=Callable[..., object])
+Piece = TypeVar("Piece", bound=Buffer)
 
 MAX_SIZE = 32768
 
@@ -75,7 +79,7 @@ class Queue:
         return method
 
     def batch_handler(self, method: Handler) -> Handler:
-        """Call `method(self, requests)` with a list of all requests that are available on the queue, up to 256.
+        """Call `method(self, batch)` with all requests that are available on the queue, up to 256: a :class:`Batch`.
 
         They are completed together when it returns, but for those that were detached. It may return a list of those
         that it leaves to the queue's :meth:`handler`, which then gets them one by one. If it raises, every request that
@@ -122,6 +126,46 @@ class QueueArray(Queue):
         return count
 
 
+class Batch(list[Request]):
+    """Requests that are worked on together: a list of them, and what one call does with each.
+
+    A batch handler gets one, and any requests make another: ``Batch(request for request in batch if ...)``. What a
+    method raises is about the first request with which it cannot do its work; those before it were read or written.
+    """
+
+    __slots__ = ()
+
+    def read(self, size: int = -1, /) -> list[bytes]:
+        """What :meth:`Request.read` returns for each."""
+        return read_each(self, size)
+
+    def unpack(self, format: str | Struct) -> list[tuple[Any, ...]]:  # noqa: A002
+        """What :meth:`Request.unpack` returns for each.
+
+        Raises:
+            RequestUnderflow: the driver sent fewer bytes in one of them.
+        """
+        return unpack_each(self, format)
+
+    def write(self, data: Buffer | list[Piece]) -> None:
+        """Write to each what :meth:`Request.write` would: the same `data`, or the items of a list, one for each.
+
+        Raises:
+            RequestOverflow: one of them has less room.
+            ValueError: the list has not one item for each request. Nothing was written.
+        """
+        write_each(self, data)
+
+    def write_tail(self, data: bytes | list[bytes]) -> None:
+        """Write into the last bytes of each what :meth:`Request.write_tail` would: the same, or the items of a list.
+
+        Raises:
+            RequestOverflow: the bytes before were written already in one of them.
+            ValueError: the list has not one item for each request. Nothing was written.
+        """
+        write_tail_each(self, data)
+
+
 class QueueStatistics(NamedTuple):
     """Counters of a queue, since the device was made."""
 
@@ -158,7 +202,9 @@ class DeviceQueue:
         self._backend: Backend | None = None
         #: The counters of earlier times in which the device was served.
         self._earlier = QueueStatistics()
-        self._buffers = threading.Condition()
+        # Both are the same lock: to take it by itself costs less.
+        self._lock = threading.RLock()
+        self._buffers = threading.Condition(self._lock)
 
     @property
     def status(self) -> str:
@@ -213,7 +259,7 @@ class DeviceQueue:
             RequestOverflow: `data` is longer than the driver's buffer. Nothing was pushed.
             ProtocolError: the driver broke the ring.
         """
-        with self._buffers:
+        with self._lock:
             if not self._backlog and self._push_now(data):
                 return
             if len(self._backlog) < self._backlog_limit:
@@ -237,7 +283,7 @@ class DeviceQueue:
             RequestOverflow: an item is longer than the driver's buffer. Those before it were pushed.
             ProtocolError: the driver broke the ring.
         """
-        with self._buffers:
+        with self._lock:
             if self._backlog or self._backend is None:
                 return 0
             return self._backend.push_many(self.index, items if isinstance(items, list) else list(items))
@@ -251,7 +297,7 @@ class DeviceQueue:
 
     def _on_buffers(self) -> None:
         """The driver has made buffers available: they go to whoever came first."""
-        with self._buffers:
+        with self._lock:
             while self._backlog:
                 try:
                     if not self._push_now(self._backlog[0]):

@@ -34,7 +34,7 @@ pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;
 pub use session::{Flow, Hooks, Profile, Session};
-pub use vring::{Run, Statistics, Taken, Vring, VringStatus};
+pub use vring::{Filled, Run, Statistics, Taken, Vring, VringStatus};
 
 #[cfg(test)]
 mod tests;

@@ -60,6 +60,15 @@ pub enum Taken {
     Broken(RingError),
 }
 
+/// The outcome of [`Vring::fill`].
+#[derive(Debug)]
+pub struct Filled {
+    /// Chains that were filled.
+    pub count: usize,
+    /// The ring broke just now.
+    pub broken: Option<RingError>,
+}
+
 /// What a vring is doing, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VringStatus {
@@ -191,6 +200,8 @@ struct Inner {
     state: State,
     /// Completed while the ring may not be touched; published when it may again.
     held: Vec<Used>,
+    /// Room for a chain that is filled at once.
+    scratch: Chain,
     translation: Translation,
 }
 
@@ -227,6 +238,7 @@ impl Vring {
             draining: false,
             state: State::Stopped { base: 0 },
             held: Vec::new(),
+            scratch: Chain::default(),
             translation: Translation::default(),
         };
         Self {
@@ -298,24 +310,53 @@ impl Vring {
         taken
     }
 
-    /// Give the chain that was taken last back, as if it had not been taken. Only right after [`take`](Self::take) of
-    /// one chain; returns whether it was possible.
-    pub fn put_back(&self, run: &Run, chain: &Chain) -> bool {
+    /// Take up to `max` chains, one after the other, let `fill` write to each and say how many bytes, and give them back
+    /// together. A chain of which it says None stays the driver's, and is the last. `fill` must not wait for anything.
+    pub fn fill(&self, max: usize, mut fill: impl FnMut(&Chain) -> Option<u32>) -> Filled {
         let mut inner = self.lock();
-        if run.generation != self.generation.load(Ordering::Relaxed) || !inner.held.is_empty() {
-            return false;
+        if !inner.may_process() {
+            self.want(&mut inner);
+            return Filled { count: 0, broken: None };
         }
-        let Inner { state, translation, .. } = &mut *inner;
-        let State::Running { ring, .. } = state else { return false };
-        let done = on_ring!(ring, ring => ring.unpop(chain.head()));
-        if done {
-            if translation.complete(&[Used { head: chain.head(), written: 0 }]) {
-                self.wakeup.wake();
+        let Inner { state, logging, used_log, translation, scratch, .. } = &mut *inner;
+        let State::Running { ring, run } = state else { return Filled { count: 0, broken: None } };
+        let (mut count, mut read, mut written) = (0, 0, 0);
+        let mut marked = Marked::default();
+        let outcome = on_ring!(ring, ring => fill_from(&mut **ring, max, scratch, |chain| {
+            let bytes = fill(chain)?;
+            marked = logging.mark_buffers(&run.snapshot, std::slice::from_ref(chain));
+            count += 1;
+            read += chain.readable();
+            written += u64::from(bytes);
+            Some(bytes)
+        }));
+        // It did or did not ask for kicks, in the used ring.
+        let suppression = on_ring!(ring, ring => ring.kick_suppression());
+        let marked_ring = logging.mark_ring(*used_log, ring, &[suppression]);
+        let broken = match outcome {
+            // What came before the broken chain is good, and the error comes up again.
+            Ok(()) | Err(_) if count > 0 => None,
+            Ok(()) => None,
+            Err(RingError::NotMapped { iova, writable }) => {
+                if translation.set_miss(iova, writable) {
+                    self.wakeup.wake();
+                }
+                None
             }
-            self.statistics.requests.fetch_sub(1, Ordering::Relaxed);
-            self.statistics.bytes_read.fetch_sub(chain.readable(), Ordering::Relaxed);
+            Err(error) => Some(error),
+        };
+        let published = if count > 0 { inner.publish(&[]) } else { None };
+        if broken.is_some() {
+            self.break_down(&mut inner);
         }
-        done
+        drop(inner);
+        marked.tell();
+        marked_ring.tell();
+        self.statistics.requests.fetch_add(count as u64, Ordering::Relaxed);
+        self.statistics.bytes_read.fetch_add(read, Ordering::Relaxed);
+        self.statistics.bytes_written.fetch_add(written, Ordering::Relaxed);
+        self.announce(published);
+        Filled { count, broken }
     }
 
     /// Give `chains` back to the driver, each with its entry of `used`, and notify it if it wants that. Those of an
@@ -1035,4 +1076,32 @@ fn take_from(
         }
     }
     Ok(max)
+}
+
+/// Take up to `max` chains into `scratch`, one after the other. What `fill` says of each is filled in, but not published.
+fn fill_from(
+    ring: &mut impl Ring,
+    max: usize,
+    scratch: &mut Chain,
+    mut fill: impl FnMut(&Chain) -> Option<u32>,
+) -> Result<(), RingError> {
+    if max == 0 || !ring.look()? && !ring.enable_kicks()? {
+        return Ok(());
+    }
+    ring.disable_kicks();
+    for _ in 0..max {
+        if !ring.pop(scratch)? {
+            break;
+        }
+        let head = scratch.head();
+        match fill(scratch) {
+            Some(written) => ring.push_used(Used { head, written }),
+            None => {
+                // It was taken just now.
+                let _ = ring.unpop(head);
+                break;
+            }
+        }
+    }
+    Ok(())
 }

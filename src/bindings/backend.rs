@@ -8,23 +8,20 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyBaseException, PyIndexError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::batch::{Failures, Origin, PATIENCE, Workspace};
 use super::errors::{self, to_python};
 use super::extensions::duplicate;
-use super::request::{Request, Source};
+use super::request::{Request, Source, overflow};
 use crate::backend::{
-    Channel, ConfigSpace, Direction, Event, EventLoop, Flow, Granted, Hooks, Interest, Profile, Run, Session, Taken,
+    Channel, ConfigSpace, Direction, Event, EventLoop, Filled, Flow, Granted, Hooks, Interest, Profile, Session, Taken,
     Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
 use crate::protocol::{BackendMessage, BackendRequest, ProtocolFeatures, ShmemConfig, VirtioFeatures};
-use crate::virtqueue::{Chain, MAX_QUEUE_SIZE, RingLimits, Used};
-
-/// Chains that are kept to be filled again.
-const SPARE: usize = 256;
+use crate::virtqueue::{MAX_QUEUE_SIZE, RingLimits};
 
 /// How often a ring without a kick descriptor is looked at, while it is busy and while it is not.
 const POLL_BUSY: Duration = Duration::from_micros(50);
@@ -57,8 +54,6 @@ pub struct Backend {
     events: Arc<EventLoop>,
     /// Only the thread that dispatches takes it, so that no other thread ever waits for it.
     inner: Mutex<Inner>,
-    /// Chains that were pushed, for other pushes.
-    pushed: Mutex<Vec<Chain>>,
     /// How long requests that are done may wait for others of their batch, in nanoseconds.
     patience: AtomicU64,
     /// The most that the window may be, in nanoseconds.
@@ -150,7 +145,6 @@ impl Backend {
             channel: Arc::new(Channel::new(Arc::clone(&events))),
             events,
             inner: Mutex::new(Inner { workspaces, ..Inner::default() }),
-            pushed: Mutex::default(),
             patience: AtomicU64::new(PATIENCE.as_nanos() as u64),
             busy_poll: AtomicU64::new(0),
             dispatching: AtomicBool::new(false),
@@ -358,38 +352,25 @@ impl Backend {
 
     /// Fill the next request of a queue with `data` and complete it. False if there is none now.
     fn push(&self, py: Python<'_>, queue: usize, data: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let Some(request) = self.take(py, queue)? else { return Ok(false) };
-        match request.write(py, data) {
-            Ok(_) => request.complete(py).map(|()| true),
-            Err(error) => {
-                request.put_back(py);
-                Err(error)
-            }
-        }
+        let source = Source::new(data)?;
+        self.push_sources(py, queue, std::slice::from_ref(&source)).map(|count| count > 0)
     }
 
     /// Fill the next requests of a queue, one with each of `data`, and complete them together. Returns how many there
     /// were.
-    fn push_many(&self, py: Python<'_>, queue: usize, data: Vec<Bound<'_, PyAny>>) -> PyResult<usize> {
-        let vring = self.vring(queue)?;
-        let spare = std::mem::take(&mut *lock(&self.pushed));
-        let used = Vec::with_capacity(data.len());
-        let mut pushed = Pushed { vring, run: None, used, chains: Vec::new(), spare, taken: Vec::with_capacity(1) };
-        let mut count = 0;
-        let mut result = Ok(true);
+    fn push_many(&self, py: Python<'_>, queue: usize, data: &Bound<'_, PyList>) -> PyResult<usize> {
+        let data: Vec<_> = data.iter().collect();
+        let mut sources = Vec::with_capacity(data.len());
         for item in &data {
-            result = self.push_next(py, &mut pushed, item);
-            if !matches!(result, Ok(true)) {
-                break;
+            match Source::new(item) {
+                Ok(source) => sources.push(source),
+                Err(error) => {
+                    let count = self.push_sources(py, queue, &sources)?;
+                    return if count < sources.len() { Ok(count) } else { Err(error) };
+                }
             }
-            count += 1;
         }
-        pushed.complete();
-        let Pushed { mut spare, mut chains, .. } = pushed;
-        spare.append(&mut chains);
-        spare.truncate(SPARE);
-        *lock(&self.pushed) = spare;
-        result.map(|_| count)
+        self.push_sources(py, queue, &sources)
     }
 
     /// Requests that a driver has made available on a queue and nobody has taken.
@@ -464,28 +445,26 @@ impl Backend {
         })
     }
 
-    /// Fill the next request with `item`, to be completed with others. False if there is none.
-    fn push_next(&self, py: Python<'_>, pushed: &mut Pushed<'_>, item: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let vring = pushed.vring;
-        let source = Source::new(item)?;
-        let taken = vring.take(1, &mut pushed.taken, &mut pushed.spare);
-        let (run, chain) = match (taken, pushed.taken.pop()) {
-            (Taken::Chains(run), Some(chain)) => (run, chain),
-            (Taken::Broken(reason), _) => return Err(self.broke(py, vring, reason)),
-            _ => return Ok(false),
-        };
-        // SAFETY: `run` keeps the snapshot of the chain.
-        match unsafe { source.copy_to(py, vring.index(), &chain, 0) } {
-            Ok(written) => {
-                pushed.add(&run, chain, written as u32);
-                Ok(true)
+    /// Fill a request with each of `sources`, as long as there are any. Returns how many there were.
+    fn push_sources(&self, py: Python<'_>, queue: usize, sources: &[Source<'_, '_>]) -> PyResult<usize> {
+        let vring = self.vring(queue)?;
+        let mut too_long = None;
+        let mut next = sources.iter();
+        let Filled { count, broken } = vring.fill(sources.len(), |chain| {
+            let source = next.next()?;
+            if source.len() as u64 > chain.writable() {
+                too_long = Some((source.len() as u64, chain.writable()));
+                return None;
             }
-            Err(error) => {
-                if !vring.put_back(&run, &chain) {
-                    pushed.add(&run, chain, 0);
-                }
-                Err(error)
-            }
+            // SAFETY: the ring keeps the snapshot of a chain that it shows us, and the chain has room.
+            Some(unsafe { source.copy_to(chain, 0) } as u32)
+        });
+        if let Some(reason) = broken {
+            return Err(self.broke(py, vring, reason));
+        }
+        match too_long {
+            Some((wanted, left)) => Err(overflow(py, vring.index(), wanted, left)),
+            None => Ok(count),
         }
     }
 
@@ -586,36 +565,6 @@ impl Backend {
             self.stopping.store(false, Ordering::Release);
         }
         Ok(goes_on)
-    }
-}
-
-/// What was pushed and is to be completed together.
-struct Pushed<'a> {
-    vring: &'a Vring,
-    run: Option<Arc<Run>>,
-    used: Vec<Used>,
-    /// The chains of `used`, after others that are done.
-    chains: Vec<Chain>,
-    /// Chains to fill again, and room for the next.
-    spare: Vec<Chain>,
-    taken: Vec<Chain>,
-}
-
-impl Pushed<'_> {
-    fn add(&mut self, run: &Arc<Run>, chain: Chain, written: u32) {
-        if self.run.as_ref().is_none_or(|current| !Arc::ptr_eq(current, run)) {
-            self.complete();
-            self.run = Some(Arc::clone(run));
-        }
-        self.used.push(Used { head: chain.head(), written });
-        self.chains.push(chain);
-    }
-
-    fn complete(&mut self) {
-        if let Some(run) = self.run.take() {
-            self.vring.complete(&run, &self.used, &self.chains[self.chains.len() - self.used.len()..]);
-        }
-        self.used.clear();
     }
 }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyType};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 
 use super::request::Request;
@@ -46,6 +47,8 @@ pub(super) struct Workspace {
     used: Vec<Used>,
     /// Completed requests that nobody else has.
     requests: Vec<Py<Request>>,
+    /// How many of them, from the first on, keep no memory.
+    at_rest: usize,
     share: Share,
 }
 
@@ -110,6 +113,7 @@ impl Workspace {
             Err(_) => self.handle_each(py, origin, handler, failures),
         };
         self.publish(origin);
+        self.let_go_of_memory();
         self.share.end(begin);
         result
     }
@@ -130,8 +134,8 @@ impl Workspace {
         let mut chains = std::mem::take(&mut self.chains);
         for chain in chains.drain(..) {
             let request = self.request(py, origin, chain)?;
-            self.handle_one(py, handler, &request, failures);
-            self.keep(py, request);
+            self.call(py, handler, &request, failures);
+            self.finish_and_keep(py, request);
             if pace.is_due() {
                 self.publish(origin);
             }
@@ -151,7 +155,10 @@ impl Workspace {
         let requests = chains.drain(..).map(|chain| self.request(py, origin, chain));
         let requests = requests.collect::<PyResult<Vec<_>>>()?;
         self.chains = chains;
-        let left = match call(py, &handler.together, PyList::new(py, &requests)?.as_any()) {
+        let batch = batch_class(py)?.call1((PyList::new(py, &requests)?,))?;
+        let outcome = call(py, &handler.together, &batch);
+        drop(batch);
+        let left = match outcome {
             Ok(left) if left.is_none() => Ok(Vec::new()),
             Ok(left) => left.extract::<Vec<Py<Request>>>(),
             Err(error) => Err(error),
@@ -166,8 +173,7 @@ impl Workspace {
             }
         }
         for request in requests {
-            self.finish(py, &request);
-            self.keep(py, request);
+            self.finish_and_keep(py, request);
         }
         Ok(())
     }
@@ -191,7 +197,8 @@ impl Workspace {
         let mut pace = Pace::new(origin.patience);
         for request in left.iter().filter(|request| request.get().is_handled(py)) {
             if let Some(each) = &handler.each {
-                self.handle_one(py, each, request, failures);
+                self.call(py, each, request, failures);
+                self.finish(py, request);
             } else {
                 let text = "a batch handler returned requests, but the queue has no handler that takes them one by one";
                 failures.request_failed(request, &PyTypeError::new_err(text));
@@ -203,17 +210,18 @@ impl Workspace {
         }
     }
 
-    fn handle_one(&mut self, py: Python<'_>, handler: &Py<PyAny>, request: &Py<Request>, failures: &mut dyn Failures) {
+    fn call(&self, py: Python<'_>, handler: &Py<PyAny>, request: &Py<Request>, failures: &mut dyn Failures) {
         if let Err(error) = call(py, handler, request.bind(py).as_any()) {
             failures.request_failed(request, &error);
         }
-        self.finish(py, request);
     }
 
     /// A request for `chain`: one that nobody has any more, or a new one.
     fn request(&mut self, py: Python<'_>, origin: Origin<'_>, chain: Chain) -> PyResult<Py<Request>> {
         if let Some(request) = self.requests.pop() {
-            request.get().renew(py, Arc::clone(origin.run), chain);
+            self.at_rest = self.at_rest.min(self.requests.len());
+            // SAFETY: those that are kept are ours alone.
+            unsafe { request.get().renew(origin.run, chain) };
             return Ok(request);
         }
         Py::new(py, Request::new(Arc::clone(origin.vring), Arc::clone(origin.run), chain, false))
@@ -227,14 +235,32 @@ impl Workspace {
         }
     }
 
-    /// Keep a request that is done for the next one, if nobody else has it: then nobody can get it, because there are no
-    /// weak references to requests, and the garbage collector does not know them.
-    fn keep(&mut self, py: Python<'_>, request: Py<Request>) {
-        // SAFETY: the object is alive: we have a reference to it.
-        let references = unsafe { ffi::Py_REFCNT(request.as_ptr()) };
-        if references == 1 && request.get().is_spent(py) {
+    /// The same, and keep the request for the next one if nobody else has it.
+    fn finish_and_keep(&mut self, py: Python<'_>, request: Py<Request>) {
+        if !is_ours_alone(py, &request) {
+            return self.finish(py, &request);
+        }
+        // SAFETY: it is ours alone.
+        if let Some((used, chain)) = unsafe { request.get().finish_alone() } {
+            self.used.push(used);
+            self.spare.push(chain);
+            self.requests.push(request);
+            return;
+        }
+        self.finish(py, &request);
+        // SAFETY: what `finish` may have run has no way to get the request, as it had none before.
+        if unsafe { request.get().rest() } {
             self.requests.push(request);
         }
+    }
+
+    /// What waits for the next batch keeps nothing of the driver's.
+    fn let_go_of_memory(&mut self) {
+        for request in &self.requests[self.at_rest..] {
+            // SAFETY: those that are kept are ours alone.
+            unsafe { request.get().rest() };
+        }
+        self.at_rest = self.requests.len();
     }
 
     fn publish(&mut self, origin: Origin<'_>) {
@@ -245,6 +271,12 @@ impl Workspace {
             self.used.clear();
         }
     }
+}
+
+/// `vhost_user.Batch`, a list.
+fn batch_class(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    CLASS.import(py, "vhost_user.queues", "Batch")
 }
 
 /// When to show the driver what is done of a batch that takes long. To look at the clock costs as much as a small
@@ -285,4 +317,25 @@ fn call<'py>(py: Python<'py>, callable: &Py<PyAny>, argument: &Bound<'py, PyAny>
         let null = std::ptr::null_mut::<ffi::PyObject>();
         Bound::from_owned_ptr_or_err(py, ffi::PyObject_CallFunctionObjArgs(callable.as_ptr(), argument.as_ptr(), null))
     }
+}
+
+/// Whether nobody else has `request`, and nobody can get it: there are no weak references to requests, and the garbage
+/// collector does not know them, so that every way to it begins with a reference.
+///
+/// Whoever has the interpreter's lock sees the count as it is, after all that others did before they let go of theirs.
+/// Without that lock it has two parts, which other threads change while we add them up: there, nobody is alone.
+fn is_ours_alone(py: Python<'_>, request: &Py<Request>) -> bool {
+    // SAFETY: the object is alive: we have a reference to it.
+    has_lock(py) && unsafe { ffi::Py_REFCNT(request.as_ptr()) } == 1
+}
+
+/// Whether the interpreter has its lock. Once it has it, it keeps it.
+fn has_lock(py: Python<'_>) -> bool {
+    static HAS_LOCK: PyOnceLock<bool> = PyOnceLock::new();
+    *HAS_LOCK.get_or_init(py, || {
+        let sys = py.import("sys");
+        let asked =
+            sys.and_then(|sys| sys.getattr_opt("_is_gil_enabled")?.map_or(Ok(true), |ask| ask.call0()?.extract()));
+        asked.unwrap_or(false)
+    })
 }

@@ -6,10 +6,9 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use pyo3::IntoPyObjectExt;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyString, PyTuple};
+use pyo3::{IntoPyObjectExt, ffi, intern};
 
 /// Larger layouts, of which there are few, go to the `struct` module.
 const MAX_SIZE: usize = 64;
@@ -85,30 +84,45 @@ impl Layout {
             let values = self.structure.bind(py).call_method1(intern!(py, "unpack"), (bytes,))?;
             return Ok(values.cast_into()?);
         };
-        let mut space = [0; MAX_SIZE];
-        let bytes = &mut space[..self.size];
-        fill(bytes);
-        let bytes = &*bytes;
-        PyTuple::new(py, fields.iter().map(|field| field.value(py, bytes)).collect::<PyResult<Vec<_>>>()?)
+        let mut space = Space([0; MAX_SIZE + WORD]);
+        fill(&mut space.0[..self.size]);
+        // SAFETY: a tuple of some length, or null with an exception set.
+        let values = unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyTuple_New(fields.len() as ffi::Py_ssize_t))? };
+        for (at, field) in (0..).zip(fields) {
+            let value = field.value(py, &space)?;
+            // SAFETY: the tuple is new, nobody else has it, and it has a place for each field. The value is given away.
+            unsafe { ffi::PyTuple_SetItem(values.as_ptr(), at, value.into_ptr()) };
+        }
+        Ok(values.cast_into()?)
     }
 }
 
 impl Field {
-    fn value<'py>(&self, py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
-        let number = |count: usize, big: bool| {
-            let part = &bytes[self.offset..self.offset + count];
-            let add = |value: u64, byte: &u8| value << 8 | u64::from(*byte);
-            if big { part.iter().fold(0, add) } else { part.iter().rev().fold(0, add) }
-        };
+    fn value<'py>(&self, py: Python<'py>, space: &Space) -> PyResult<Bound<'py, PyAny>> {
         match self.kind {
-            Kind::Unsigned { bytes, big } => number(bytes, big).into_bound_py_any(py),
+            Kind::Unsigned { bytes, big } => space.number(self.offset, bytes, big).into_bound_py_any(py),
             Kind::Signed { bytes, big } => {
                 let unused = 64 - 8 * bytes as u32;
-                ((number(bytes, big) << unused) as i64 >> unused).into_bound_py_any(py)
+                ((space.number(self.offset, bytes, big) << unused) as i64 >> unused).into_bound_py_any(py)
             }
-            Kind::Bool => Ok(PyBool::new(py, bytes[self.offset] != 0).to_owned().into_any()),
-            Kind::Bytes { count } => Ok(PyBytes::new(py, &bytes[self.offset..self.offset + count]).into_any()),
+            Kind::Bool => Ok(PyBool::new(py, space.0[self.offset] != 0).to_owned().into_any()),
+            Kind::Bytes { count } => Ok(PyBytes::new(py, &space.0[self.offset..self.offset + count]).into_any()),
         }
+    }
+}
+
+/// The bytes of a layout, and a word after them: at each of them begins one.
+struct Space([u8; MAX_SIZE + WORD]);
+
+const WORD: usize = size_of::<u64>();
+
+impl Space {
+    /// The number of 1 to 8 bytes at `offset`.
+    fn number(&self, offset: usize, bytes: usize, big: bool) -> u64 {
+        let mut word = [0; WORD];
+        word.copy_from_slice(&self.0[offset..offset + WORD]);
+        let unused = 64 - 8 * bytes as u32;
+        if big { u64::from_be_bytes(word) >> unused } else { u64::from_le_bytes(word) << unused >> unused }
     }
 }
 

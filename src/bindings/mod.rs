@@ -15,6 +15,8 @@ mod frontend;
 mod layout;
 mod load;
 mod request;
+mod reservation;
+mod together;
 
 pub use backend::Backend;
 pub use batch::BatchHandler;
@@ -24,6 +26,7 @@ pub use disk::transfer_blocks;
 pub use frontend::{DirtyLog, Frontend, FrontendQueue, InflightRecord, LatePages, Memory, add_tables};
 pub use load::{Load, LoadResult};
 pub use request::Request;
+pub use together::{read_each, unpack_each, write_each, write_tail_each};
 
 /// Send the core's log records to Python's `logging`, below the logger "vhost_user".
 pub fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {

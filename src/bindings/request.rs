@@ -1,19 +1,19 @@
 //! One request of a driver, file-like, for Python.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyOSError, PyResourceWarning, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyInt, PyList, PyMemoryView, PyTuple};
 use rustix::io::Errno;
 
 use super::buffer::GuestBuffer;
 use super::errors;
 use super::layout::Layout;
+use super::reservation::{Reservation, Reserved};
 use crate::backend::{Run, Vring};
 use crate::memory::{Segment, for_range, transfer};
 use crate::virtqueue::{Chain, Used};
@@ -34,7 +34,8 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct State {
     phase: Phase,
-    /// The life of the ring that the chain came from; it keeps the memory of the chain. None once it is completed.
+    /// The life of the ring that the chain came from; it keeps the memory of the chain. None once it is completed, but for
+    /// a request that waits for the next chain of its batch.
     run: Option<Arc<Run>>,
     pub(super) chain: Chain,
     pub(super) read: u64,
@@ -52,21 +53,58 @@ type Lent = Vec<(Py<GuestBuffer>, Py<PyAny>, u32)>;
 #[derive(Debug)]
 pub struct Request {
     vring: Arc<Vring>,
-    state: Mutex<State>,
+    state: Reservation<State>,
 }
 
 impl Request {
     pub(super) fn new(vring: Arc<Vring>, run: Arc<Run>, chain: Chain, detached: bool) -> Self {
         let phase = if detached { Phase::Detached } else { Phase::Handled };
         let state = State { phase, run: Some(run), chain, read: 0, written: 0, lent: Vec::new() };
-        Self { vring, state: Mutex::new(state) }
+        Self { vring, state: Reservation::new(state) }
     }
 
-    /// Make a completed request that nobody else has into the next one of the same queue.
-    pub(super) fn renew(&self, py: Python<'_>, run: Arc<Run>, chain: Chain) {
-        let mut state = self.lock(py);
+    /// Make a completed request into the next one of the same queue.
+    ///
+    /// # Safety
+    /// Nobody else has the request.
+    pub(super) unsafe fn renew(&self, run: &Arc<Run>, chain: Chain) {
+        // SAFETY: as the caller vouches.
+        let state = unsafe { self.state.alone() };
         debug_assert!(state.phase == Phase::Completed && state.lent.is_empty());
-        *state = State { phase: Phase::Handled, run: Some(run), chain, read: 0, written: 0, lent: Vec::new() };
+        if state.run.as_ref().is_none_or(|last| !Arc::ptr_eq(last, run)) {
+            state.run = Some(Arc::clone(run));
+        }
+        state.phase = Phase::Handled;
+        (state.read, state.written) = (0, 0);
+        state.chain = chain;
+    }
+
+    /// The handler returned, and nobody has the request: as [`finish`](Self::finish), and it can be made into the next one
+    /// of its batch, if nothing of it is lent.
+    ///
+    /// # Safety
+    /// Nobody else has the request.
+    pub(super) unsafe fn finish_alone(&self) -> Option<(Used, Chain)> {
+        // SAFETY: as the caller vouches.
+        let state = unsafe { self.state.alone() };
+        if state.phase != Phase::Handled || !state.lent.is_empty() {
+            return None;
+        }
+        state.phase = Phase::Completed;
+        Some((state.used(), std::mem::take(&mut state.chain)))
+    }
+
+    /// Whether the request is completed. If it is, it keeps no memory from here on.
+    ///
+    /// # Safety
+    /// Nobody else has the request.
+    pub(super) unsafe fn rest(&self) -> bool {
+        // SAFETY: as the caller vouches.
+        let state = unsafe { self.state.alone() };
+        if state.phase == Phase::Completed {
+            state.run = None;
+        }
+        state.phase == Phase::Completed
     }
 
     /// The handler returned. What goes back to the driver, and the chain for another request, unless the request was
@@ -90,31 +128,16 @@ impl Request {
         self.lock(py).phase == Phase::Handled
     }
 
-    /// Whether nothing can be done with the request any more, and nothing of it is lent.
-    pub(super) fn is_spent(&self, py: Python<'_>) -> bool {
-        self.lock(py).phase == Phase::Completed
-    }
-
-    /// Give the request back to the driver's queue as if it had not been taken; or answer it, if that is too late.
-    pub(super) fn put_back(&self, py: Python<'_>) {
-        let mut state = self.lock(py);
-        if state.run.as_ref().is_some_and(|run| self.vring.put_back(run, &state.chain)) {
-            state.complete();
-        } else {
-            self.complete_now(py, state);
-        }
-    }
-
     /// Wait for the state without the interpreter: whoever has it may be waiting for that.
-    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, State> {
-        self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self, py: Python<'_>) -> Reserved<'_, State> {
+        self.state.try_reserve().unwrap_or_else(|| py.detach(|| self.state.reserve()))
     }
 
     /// The state on a thread that has let go of the interpreter. An error if another thread has completed the request
     /// meanwhile: its memory may be gone.
-    pub(super) fn open_detached(&self) -> Result<MutexGuard<'_, State>, Interrupted> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.run.is_some() { Ok(state) } else { Err(Interrupted::Completed) }
+    pub(super) fn open_detached(&self) -> Result<Reserved<'_, State>, Interrupted> {
+        let state = self.state.reserve();
+        if state.phase == Phase::Completed { Err(Interrupted::Completed) } else { Ok(state) }
     }
 
     fn interrupted(&self, py: Python<'_>, doing: &str, reason: Interrupted) -> PyErr {
@@ -131,7 +154,7 @@ impl Request {
     }
 
     /// The state, if the request can still be worked on.
-    fn open(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, State>> {
+    fn open(&self, py: Python<'_>) -> PyResult<Reserved<'_, State>> {
         let state = self.lock(py);
         if state.phase == Phase::Completed {
             return Err(self.was_completed(py));
@@ -146,7 +169,7 @@ impl Request {
         Ok(state)
     }
 
-    fn complete_now(&self, py: Python<'_>, state: MutexGuard<'_, State>) {
+    fn complete_now(&self, py: Python<'_>, state: Reserved<'_, State>) {
         let mut state = state;
         let (used, lent, run) = state.complete();
         if let Some(run) = run {
@@ -178,6 +201,41 @@ impl Request {
 
     fn overflow(&self, py: Python<'_>, wanted: u64, left: u64) -> PyErr {
         overflow(py, self.vring.index(), wanted, left)
+    }
+
+    pub(super) fn unpack_layout<'py>(&self, py: Python<'py>, layout: &Layout) -> PyResult<Bound<'py, PyTuple>> {
+        let size = layout.size();
+        let mut state = self.open(py)?;
+        let left = state.chain.readable() - state.read;
+        if size as u64 > left {
+            drop(state);
+            return Err(self.underflow(py, size, left));
+        }
+        layout.read(py, |bytes| {
+            // SAFETY: `state.run` keeps the snapshot of the chain.
+            unsafe { state.chain.read(state.read, bytes) };
+            state.read += size as u64;
+            drop(state);
+        })
+    }
+
+    #[cold]
+    fn underflow(&self, py: Python<'_>, wanted: usize, left: u64) -> PyErr {
+        let index = self.vring.index();
+        errors::request_underflow(py, format!("queue {index}: {wanted} bytes are needed, {left} are left to read"))
+    }
+
+    pub(super) fn write_source(&self, py: Python<'_>, source: &Source<'_, '_>) -> PyResult<usize> {
+        let mut state = self.open(py)?;
+        let left = state.chain.writable() - state.written;
+        if source.len() as u64 > left {
+            drop(state);
+            return Err(self.overflow(py, source.len() as u64, left));
+        }
+        // SAFETY: `state.run` keeps the snapshot of the chain, and there is room.
+        let done = unsafe { source.copy_to(&state.chain, state.written) };
+        state.written += done as u64;
+        Ok(done)
     }
 }
 
@@ -222,7 +280,7 @@ impl Request {
     }
 
     #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
-    fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
+    pub(super) fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
         let mut state = self.open(py)?;
         let left = state.chain.readable() - state.read;
         let length = u64::try_from(size).map_or(left, |size| size.min(left));
@@ -254,17 +312,12 @@ impl Request {
         Ok(done)
     }
 
-    pub(super) fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let source = Source::new(data)?;
-        let mut state = self.open(py)?;
-        // SAFETY: `state.run` keeps the snapshot of the chain.
-        let done = unsafe { source.copy_to(py, self.vring.index(), &state.chain, state.written) }?;
-        state.written += done as u64;
-        Ok(done)
+    fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+        self.write_source(py, &Source::new(data)?)
     }
 
     /// Write `data` into the last writable bytes: where many device types have their status.
-    fn write_tail(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
+    pub(super) fn write_tail(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
         let mut state = self.open(py)?;
         let total = state.chain.writable();
         let length = data.len() as u64;
@@ -278,24 +331,7 @@ impl Request {
     }
 
     fn unpack<'py>(&self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
-        Layout::with(format, |layout| {
-            let size = layout.size();
-            let mut state = self.open(py)?;
-            let left = state.chain.readable() - state.read;
-            if size as u64 > left {
-                let index = self.vring.index();
-                return Err(errors::request_underflow(
-                    py,
-                    format!("queue {index}: {size} bytes are needed, {left} are left to read"),
-                ));
-            }
-            layout.read(py, |bytes| {
-                // SAFETY: `state.run` keeps the snapshot of the chain.
-                unsafe { state.chain.read(state.read, bytes) };
-                state.read += size as u64;
-                drop(state);
-            })
-        })
+        Layout::with(format, |layout| self.unpack_layout(py, layout))
     }
 
     fn skip(&self, py: Python<'_>, count: u64) -> PyResult<()> {
@@ -389,7 +425,7 @@ impl Request {
         Ok(slf)
     }
 
-    pub(super) fn complete(&self, py: Python<'_>) -> PyResult<()> {
+    fn complete(&self, py: Python<'_>) -> PyResult<()> {
         let state = self.open(py)?;
         self.complete_now(py, state);
         Ok(())
@@ -413,7 +449,10 @@ impl Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.get_mut();
+        if state.phase == Phase::Completed {
+            return;
+        }
         if let Some(run) = state.run.take().filter(|run| self.vring.is_current(run)) {
             // The driver would wait for ever.
             let used = state.used();
@@ -444,26 +483,22 @@ impl<'a, 'py> Source<'a, 'py> {
         Ok(Self::Buffer(buffer))
     }
 
-    fn len(&self) -> usize {
+    /// Bytes.
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::Bytes(bytes) => bytes.as_bytes().len(),
             Self::Buffer(buffer) => buffer.len_bytes(),
         }
     }
 
-    /// Copy everything into a chain of `queue`, from byte `start` of its writable part on. Returns how many bytes that were:
-    /// all, or it is an error.
+    /// Copy everything into a chain, from byte `start` of its writable part on. Returns how many bytes that were.
     ///
     /// # Safety
     /// The snapshot under which the chain was filled must be alive.
-    pub(super) unsafe fn copy_to(&self, py: Python<'_>, queue: u16, chain: &Chain, start: u64) -> PyResult<usize> {
-        let left = chain.writable() - start;
-        if self.len() as u64 > left {
-            return Err(overflow(py, queue, self.len() as u64, left));
-        }
+    pub(super) unsafe fn copy_to(&self, chain: &Chain, start: u64) -> usize {
         match self {
             // SAFETY: as the caller vouches.
-            Self::Bytes(bytes) => Ok(unsafe { chain.write(start, bytes.as_bytes()) }),
+            Self::Bytes(bytes) => unsafe { chain.write(start, bytes.as_bytes()) },
             Self::Buffer(buffer) => {
                 let source: *const u8 = buffer.buf_ptr().cast();
                 let mut done = 0;
@@ -472,13 +507,14 @@ impl<'a, 'py> Source<'a, 'py> {
                     unsafe { std::ptr::copy(source.add(done), segment.pointer.as_ptr(), segment.length) };
                     done += segment.length;
                 });
-                Ok(done)
+                done
             }
         }
     }
 }
 
-fn overflow(py: Python<'_>, queue: u16, wanted: u64, left: u64) -> PyErr {
+#[cold]
+pub(super) fn overflow(py: Python<'_>, queue: u16, wanted: u64, left: u64) -> PyErr {
     errors::request_overflow(
         py,
         format!("queue {queue}: {wanted} bytes do not fit in the {left} writable bytes that are left"),
@@ -488,7 +524,7 @@ fn overflow(py: Python<'_>, queue: u16, wanted: u64, left: u64) -> PyErr {
 impl State {
     /// Whether the request can be worked on: neither completed, nor of a driver that is gone.
     fn is_current(&self, vring: &Vring) -> bool {
-        self.run.as_ref().is_some_and(|run| vring.is_current(run))
+        self.phase != Phase::Completed && self.run.as_ref().is_some_and(|run| vring.is_current(run))
     }
 
     /// Nobody works on the request any more. What goes back to the driver, and what is to be let go of without the lock.

@@ -5,8 +5,15 @@
 
 use std::ptr;
 
-/// Up to this many bytes are copied one by one, each read exactly once.
+/// Up to this many bytes are copied word by word, each read exactly once.
 const SMALL: usize = 64;
+
+const WORD: usize = size_of::<u64>();
+
+/// A word, wherever it lies.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Word(u64);
 
 /// Copy guest memory at `from` into `to`.
 ///
@@ -14,9 +21,16 @@ const SMALL: usize = 64;
 /// `from` must be valid for reads of `to.len()` bytes, in a mapping that stays alive during the call.
 pub unsafe fn read(from: *const u8, to: &mut [u8]) {
     if to.len() <= SMALL {
-        for (at, byte) in to.iter_mut().enumerate() {
-            // SAFETY: `at < to.len()`, and the caller vouches for that many bytes.
-            *byte = unsafe { from.add(at).read_volatile() };
+        let (words, bytes) = to.as_chunks_mut::<WORD>();
+        let whole = words.len() * WORD;
+        for (at, word) in words.iter_mut().enumerate() {
+            // SAFETY: the word ends before `whole <= to.len()`, the caller vouches for that many bytes, and a Word may lie
+            // anywhere.
+            *word = unsafe { from.add(at * WORD).cast::<Word>().read_volatile() }.0.to_ne_bytes();
+        }
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            // SAFETY: `whole + at < to.len()`, and the caller vouches for that many bytes.
+            *byte = unsafe { from.add(whole + at).read_volatile() };
         }
     } else {
         // SAFETY: the caller vouches for `from`; `to` is ours and guest memory is never a Rust object, so they cannot
@@ -32,9 +46,15 @@ pub unsafe fn read(from: *const u8, to: &mut [u8]) {
 /// `to` must be valid for writes of `from.len()` bytes, in a mapping that stays alive during the call.
 pub unsafe fn write(to: *mut u8, from: &[u8]) {
     if from.len() <= SMALL {
-        for (at, byte) in from.iter().enumerate() {
-            // SAFETY: `at < from.len()`, and the caller vouches for that many bytes.
-            unsafe { to.add(at).write_volatile(*byte) };
+        let (words, bytes) = from.as_chunks::<WORD>();
+        let whole = words.len() * WORD;
+        for (at, word) in words.iter().enumerate() {
+            // SAFETY: as in `read`.
+            unsafe { to.add(at * WORD).cast::<Word>().write_volatile(Word(u64::from_ne_bytes(*word))) };
+        }
+        for (at, byte) in bytes.iter().enumerate() {
+            // SAFETY: `whole + at < from.len()`, and the caller vouches for that many bytes.
+            unsafe { to.add(whole + at).write_volatile(*byte) };
         }
     } else {
         // SAFETY: as in `read`, with the direction turned around.
