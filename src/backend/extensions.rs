@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use super::session::{Done, Session};
 use crate::error::Error;
-use crate::protocol::{CryptoSession, FrontendRequest, Uuid};
+use crate::protocol::{CryptoSession, Empty, FrontendRequest, Uuid};
 
 /// The smallest and the largest MTU of a network device. Virtio 1.3, section 5.1.4.1.
 const MTU: std::ops::RangeInclusive<u64> = 68..=65535;
@@ -82,12 +82,12 @@ impl Session {
         self.reply(FrontendRequest::CreateCryptoSession, CryptoSession { session, ..asked })
     }
 
-    /// The object comes back with its file, or without one if the device does not have it.
+    /// The file is the answer, or no file if the device does not have the object.
     pub(super) fn get_shared_object(&mut self, uuid: Uuid, device: &mut dyn Extensions) -> Result<Done, Error> {
         let file = device.shared_object(uuid).unwrap_or_else(|reason| {
             log::warn!("{}: refused: {reason}", FrontendRequest::GetSharedObject.name());
             None
         });
-        self.reply_with(FrontendRequest::GetSharedObject, uuid, file)
+        self.reply_with(FrontendRequest::GetSharedObject, Empty, file)
     }
 }

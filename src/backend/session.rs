@@ -1120,7 +1120,8 @@ impl Session {
         if !matches!(error, Error::Refused { .. }) {
             return Err(error);
         }
-        if request == FrontendRequest::GetConfig {
+        // QEMU asks for a shared object without saying for which.
+        if matches!(request, FrontendRequest::GetConfig | FrontendRequest::GetSharedObject) {
             self.complaints.warn(error);
             return self.reply(request, Empty).map(drop);
         }

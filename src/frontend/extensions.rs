@@ -4,7 +4,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use super::{Frontend, lock};
+use super::{Frontend, Reply, lock};
 use crate::error::Error;
 use crate::protocol::{CryptoSession, Empty, FrontendMessage, ShmemConfig, U64, Uuid};
 
@@ -44,8 +44,10 @@ impl Frontend {
     /// The file of an object that the back-end shares, if it has it.
     pub fn get_shared_object(&self, uuid: Uuid) -> Result<Option<OwnedFd>, Error> {
         let message = FrontendMessage::GetSharedObject(uuid);
-        let (answer, file): (Uuid, _) = self.ask_for_file(&message, &[])?;
-        if answer != uuid {
+        self.check_gate(&message)?;
+        let Reply { payload, file } = self.exchange(&message, &[])?.unwrap_or_default();
+        // The file is all of the answer. libvhost-user sends the request's payload back.
+        if !payload.is_empty() && payload != uuid.0 {
             return Err(self.give_up(&message, "the answer is about another object"));
         }
         Ok(file)

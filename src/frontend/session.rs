@@ -685,6 +685,10 @@ impl Frontend {
             Answer::Ack if acknowledged => (Flags::REQUEST_NEED_REPLY, true),
             Answer::ReplyWith(feature, _) if !self.protocol_features().contains(feature) => (Flags::REQUEST, false),
             Answer::Ack => (Flags::REQUEST, false),
+            // Back-ends of rust-vmm answer it only if they are asked to.
+            Answer::Reply(_) if acknowledged && request == FrontendRequest::PostcopyEnd => {
+                (Flags::REQUEST_NEED_REPLY, true)
+            }
             Answer::Reply(_) | Answer::ReplyAndFile(_) | Answer::ReplyWith(..) => (Flags::REQUEST, true),
         };
         connection.send(request as u32, flags, payload, descriptors, deadline)?;
@@ -743,7 +747,7 @@ impl Frontend {
         }
     }
 
-    fn check_gate(&self, message: &FrontendMessage) -> Result<(), Error> {
+    pub(super) fn check_gate(&self, message: &FrontendMessage) -> Result<(), Error> {
         match message.request().info().gate {
             Gate::Protocol(feature) if !self.protocol_features().contains(feature) => {
                 let name = message.request().name();

@@ -121,6 +121,19 @@ fn the_flags_that_libvhost_user_answers_with_are_taken() {
 }
 
 #[test]
+fn the_end_of_postcopy_asks_for_its_answer() {
+    let (frontend, peer) = with_script(Duration::from_secs(5), |mut peer| {
+        peer.shake_hands(ProtocolFeatures::PAGEFAULT | ProtocolFeatures::REPLY_ACK);
+        let frame = peer.receive(30);
+        peer.send(30, 0x5, &[0; 8], &[]);
+        frame.header.flags
+    });
+    frontend.handshake(Frontend::SUPPORTED).unwrap();
+    frontend.end_postcopy().unwrap();
+    assert_eq!(peer.join().unwrap(), Flags(0x9));
+}
+
+#[test]
 fn an_answer_to_another_request_ends_the_session() {
     let error = answered(|mut peer| {
         peer.receive(1);

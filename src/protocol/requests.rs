@@ -218,7 +218,7 @@ requests! {
     38 => RemMemReg(SingleRegion), "REM_MEM_REG", D::AtMostOne, Protocol(P::CONFIGURE_MEM_SLOTS), Ack, R::All;
     39 => SetStatus(U64), "SET_STATUS", D::None, Protocol(P::STATUS), Ack, R::None;
     40 => GetStatus(Empty), "GET_STATUS", D::None, Protocol(P::STATUS), Reply("U64"), R::None;
-    41 => GetSharedObject(Uuid), "GET_SHARED_OBJECT", D::None, Protocol(P::SHARED_OBJECT), ReplyAndFile("Uuid"), R::None;
+    41 => GetSharedObject(Uuid), "GET_SHARED_OBJECT", D::None, Protocol(P::SHARED_OBJECT), ReplyAndFile("Empty"), R::None;
     42 => SetDeviceStateFd(DeviceState), "SET_DEVICE_STATE_FD", D::One, Protocol(P::DEVICE_STATE), ReplyAndFile("U64"), R::None;
     43 => CheckDeviceState(Empty), "CHECK_DEVICE_STATE", D::None, Protocol(P::DEVICE_STATE), Reply("U64"), R::None;
     44 => GetShmemConfig(Empty), "GET_SHMEM_CONFIG", D::None, Protocol(P::SHMEM), Reply("ShmemConfig"), R::None;
