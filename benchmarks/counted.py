@@ -49,15 +49,11 @@ class Headers(vu.Device, device_id=vu.DeviceId.RNG):
         batch.write_tail([b"\0" for _kind, _sector in batch.unpack(HEADER)])
 
 
-class Disk(Blk):
-    _transfer_time = 3600.0
-
-
 DEVICES: dict[str, Callable[[], vu.Device]] = {
     "empty": Empty,
     "header": Header,
     "headers": Headers,
-    "read": lambda: Disk(1 << 20),
+    "read": lambda: Blk(1 << 20),
 }
 
 

@@ -474,3 +474,37 @@ def test_every_format_is_read_as_by_the_struct_module() -> None:
             assert device.left == len(data) - layout.size
 
         check()
+
+
+class Stuck(vu.Device, device_id=NO_TYPE):
+    """Answers the first of two requests at once, and the second when it is let."""
+
+    requestq = vu.Queue()
+    busy_poll = 0.0
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.seen = 0
+
+    @requestq.handler
+    def answer(self, request: vu.Request) -> None:
+        self.seen += 1
+        if self.seen == 2:
+            assert self.released.wait(20)
+
+
+def test_a_driver_sees_what_is_done_while_the_rest_of_its_batch_is_worked_on(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    device = Stuck()
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=16)
+    heads = [ring.add([], [1]).head for _ in range(2)]
+    front.start(ring)
+    try:
+        assert ring.wait(1) == [(heads[0], 0)]
+    finally:
+        device.released.set()
+    assert ring.wait(1) == [(heads[1], 0)]

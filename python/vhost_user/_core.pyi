@@ -137,13 +137,24 @@ class _Offer(Protocol):
 
 @final
 class BatchHandler:
-    """Who takes the requests of a queue together, and who takes those one by one that are left then."""
+    """Who takes the requests of a queue together, and who takes those one by one that are left then; before them,
+    `blocks()` may say what is done without them."""
 
     def __new__(
         cls,
-        together: Callable[[Batch], list[Request] | None],
+        together: Callable[[Batch], list[Request] | None] | None,
         each: Callable[[Request], object] | None,
+        blocks: Callable[[], Blocks | None] | None,
     ) -> BatchHandler: ...
+
+@final
+class Blocks:
+    """A disk of so many sectors in `file`, which has to stay open. Reads, and with `writes` writes, need nobody else.
+
+    Virtio 1.3, section 5.2.6.
+    """
+
+    def __new__(cls, file: int | _HasFileno, sectors: int, writes: bool) -> Blocks: ...
 
 @final
 class Backend:
@@ -617,16 +628,6 @@ def messages() -> list[MessageInfo]:
 
 def payloads() -> list[tuple[str, int | None, list[_PayloadField]]]:
     """Every payload: its name, the only size that it has (None: any), and its fields."""
-
-def transfer_blocks(
-    requests: list[Request], file: int | _HasFileno, sectors: int, writes: bool, seconds: float
-) -> list[Request]:
-    """Do what those of `requests` ask for that read sectors of a disk of so many, or, with `writes`, write them.
-
-    None is begun after so many seconds.
-
-    Returns the others, untouched, and those that did not go well. Virtio 1.3, section 5.2.6.
-    """
 
 def read_each(requests: list[Request], size: int) -> list[bytes]:
     """As `Request.read`, of each of `requests`."""

@@ -301,7 +301,11 @@ class Runtime:
     def _handler_of(self, declaration: Queue) -> Callable[[Request], object] | BatchHandler | None:
         each = self._handler(self.device._handlers.get(declaration))
         together = self.device._batch_handlers.get(declaration)
-        return each if together is None else BatchHandler(getattr(self.device, together), each)
+        blocks = self.device._blocks.get(declaration)
+        if together is None and (blocks is None or each is None):
+            return each
+        bound = [None if name is None else getattr(self.device, name) for name in (together, blocks)]
+        return BatchHandler(bound[0], each, bound[1])
 
     def _handler(self, name: str | None) -> Callable[[Request], object] | None:
         if name is None:

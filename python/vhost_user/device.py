@@ -61,9 +61,9 @@ class Device:
     #: looks for so long as long as requests come within that time, and less and less when none do.
     busy_poll: float = 0.0
 
-    #: Seconds for which requests that are done may wait for others that came with them, before the driver sees them.
-    #: Longer is for drivers that cannot take one without the other.
-    batch_patience: float = 50e-6
+    #: Seconds for which requests that are done may wait for others that came with them, before the driver is notified.
+    #: From a millisecond on it does not see one without the other either: that is for drivers that cannot take it.
+    batch_patience: float = 200e-6
 
     #: Whether the front-end may send its kicks as messages, and get its calls as messages: then virtual time knows of
     #: them, see :mod:`vhost_user.simulation`. User-Mode Linux does so whenever it is offered, and everything is slower
@@ -97,6 +97,7 @@ class Device:
     _queues: ClassVar[list[Queue]] = []
     _handlers: ClassVar[Mapping[Queue, str]] = {}
     _batch_handlers: ClassVar[Mapping[Queue, str]] = {}
+    _blocks: ClassVar[Mapping[Queue, str]] = {}
     _layout: ClassVar[config.Layout] = config.Layout("Device", [])
     _field_hooks: ClassVar[Mapping[str, str]] = {}
 
@@ -127,8 +128,9 @@ class Device:
         cls._takes_gpu_socket = gpu_socket
         cls._queues = _last_by_name(members, Queue)
         cls._layout = config.Layout(cls.__name__, _last_by_name(members, config.Field))
-        cls._handlers = _handlers(cls, members, "__vhost_user_queue__")
+        cls._handlers = _handlers(cls, members, "__vhost_user_queue__", 2)
         cls._batch_handlers = _batch_handlers(cls, members)
+        cls._blocks = _unless_replaced(cls, _handlers(cls, members, "__vhost_user_blocks__", 1))
         cls._field_hooks = {
             member.__vhost_user_field__.name: member.__name__
             for member in members
@@ -303,7 +305,7 @@ def _last_by_name(members: list[Any], kind: type[Any]) -> list[Any]:
     return list(by_name.values())
 
 
-def _handlers(cls: type[Device], members: list[Any], mark: str) -> dict[Queue, str]:
+def _handlers(cls: type[Device], members: list[Any], mark: str, arguments: int) -> dict[Queue, str]:
     by_name = {queue.name: queue for queue in cls._queues}
     handlers: dict[Queue, str] = {}
     for member in members:
@@ -315,7 +317,7 @@ def _handlers(cls: type[Device], members: list[Any], mark: str) -> dict[Queue, s
             raise DeclarationError(
                 f"{cls.__name__}.{member.__name__} handles {wanted}, which is not a queue of the class"
             )
-        _check_signature(cls, member)
+        _check_signature(cls, member, arguments)
         other = handlers.get(queue)
         if other not in (None, member.__name__) and other in vars(cls) and member.__name__ in vars(cls):
             raise DeclarationError(f"{cls.__name__}.{queue.name} has two handlers, {other} and {member.__name__}")
@@ -324,24 +326,32 @@ def _handlers(cls: type[Device], members: list[Any], mark: str) -> dict[Queue, s
 
 
 def _batch_handlers(cls: type[Device], members: list[Any]) -> dict[Queue, str]:
-    """Without those that a subclass has replaced by a handler of its own."""
-    handlers = _handlers(cls, members, "__vhost_user_batches__")
-    for queue, name in list(handlers.items()):
-        origin = next(at for at, base in enumerate(cls.__mro__) if name in vars(base))
-        below = [member for base in cls.__mro__[:origin] for member in vars(base).values()]
-        if any(queue.name == _handled_queue(member) for member in below):
-            del handlers[queue]
+    handlers = _unless_replaced(cls, _handlers(cls, members, "__vhost_user_batches__", 2))
     for name in handlers.values():
         if is_coroutine_function(getattr(cls, name)):
             raise DeclarationError(f"{cls.__name__}.{name} handles batches; it cannot be an `async def`")
     return handlers
 
 
-def _handled_queue(member: object) -> str | None:
-    queue = None if isinstance(member, Queue) else getattr(member, "__vhost_user_queue__", None)
-    return getattr(queue, "name", None)
+def _unless_replaced(cls: type[Device], handlers: dict[Queue, str]) -> dict[Queue, str]:
+    """Without those that a subclass has replaced by a handler of its own."""
+    kept = {}
+    for queue, name in handlers.items():
+        origin = next(at for at, base in enumerate(cls.__mro__) if name in vars(base))
+        below = [member for base in cls.__mro__[:origin] for member in vars(base).values()]
+        if not any(queue.name in _handled_queues(member) for member in below):
+            kept[queue] = name
+    return kept
 
 
-def _check_signature(cls: type[Device], handler: Callable[..., object]) -> None:
-    if not takes(handler, 2):
+def _handled_queues(member: object) -> set[str]:
+    """Those of which a member takes all requests that come."""
+    if isinstance(member, Queue):
+        return set()
+    marks = ("__vhost_user_queue__", "__vhost_user_batches__")
+    return {queue.name for mark in marks if isinstance(queue := getattr(member, mark, None), Queue)}
+
+
+def _check_signature(cls: type[Device], handler: Callable[..., object], arguments: int) -> None:
+    if not takes(handler, arguments):
         raise DeclarationError(f"{cls.__name__}.{handler.__name__} must take (self, request) to handle a queue")

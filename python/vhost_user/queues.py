@@ -89,6 +89,15 @@ class Queue:
         method.__vhost_user_batches__ = self  # type: ignore[attr-defined]
         return method
 
+    def blocks(self, method: Handler) -> Handler:
+        """Call `method(self)` for every batch of requests, for the :class:`Blocks` that reads and writes go to.
+
+        They need no handler then; the others are left to those that there are, and so are all if it returns None. A
+        subclass that declares a handler of its own for the queue replaces it, too.
+        """
+        method.__vhost_user_blocks__ = self  # type: ignore[attr-defined]
+        return method
+
     def count_for(self, device: Device) -> int:
         """How many queues this declaration makes on `device`."""
         return 1

@@ -5,6 +5,7 @@
 //! | `session` | one connection: what was negotiated, and what each message does |
 //! | `vring` | one queue across connections: its state, requests in flight, statistics |
 //! | `translation` | what a ring behind an IOMMU waits for |
+//! | `lead` | when a driver sees what is done of a batch, and when it is notified |
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
@@ -22,6 +23,7 @@ mod config;
 mod device_state;
 mod event_loop;
 mod extensions;
+mod lead;
 mod notification;
 mod postcopy;
 mod session;
@@ -33,6 +35,7 @@ pub use config::ConfigSpace;
 pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;
+pub use lead::{Lead, Show, Turnaround};
 pub use session::{Flow, Hooks, Profile, Session};
 pub use vring::{Filled, Run, Statistics, Taken, Vring, VringStatus};
 

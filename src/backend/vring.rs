@@ -345,7 +345,7 @@ impl Vring {
             }
             Err(error) => Some(error),
         };
-        let published = if count > 0 { inner.publish(&[]) } else { None };
+        let published = if count > 0 { inner.publish(&[], true) } else { None };
         if broken.is_some() {
             self.break_down(&mut inner);
         }
@@ -362,6 +362,25 @@ impl Vring {
     /// Give `chains` back to the driver, each with its entry of `used`, and notify it if it wants that. Those of an
     /// earlier run are forgotten: nobody waits for them any more. Returns whether they were taken.
     pub fn complete(&self, run: &Run, used: &[Used], chains: &[Chain]) -> bool {
+        self.give_back(run, used, chains, true)
+    }
+
+    /// The same, and leave it to [`notify`](Self::notify), which must follow soon, to notify the driver.
+    pub fn complete_quietly(&self, run: &Run, used: &[Used], chains: &[Chain]) -> bool {
+        self.give_back(run, used, chains, false)
+    }
+
+    /// Notify the driver of what was given back, if it wants that and has not been.
+    pub fn notify(&self) {
+        let mut inner = self.lock();
+        let State::Running { ring, .. } = &mut inner.state else { return };
+        let Some(wanted) = on_ring!(ring, ring => ring.decide()) else { return };
+        let call = if wanted { inner.call.clone() } else { None };
+        drop(inner);
+        self.call(call);
+    }
+
+    fn give_back(&self, run: &Run, used: &[Used], chains: &[Chain], notify: bool) -> bool {
         debug_assert_eq!(used.len(), chains.len());
         let mut inner = self.lock();
         // Also for an earlier run: its memory was written to. And before anything is published, under the lock that a
@@ -371,7 +390,7 @@ impl Vring {
         let released = taken && inner.translation.complete(used);
         let mut published = None;
         if taken && inner.may_touch() {
-            published = inner.publish(used);
+            published = inner.publish(used, notify);
         } else if taken {
             inner.held.extend_from_slice(used);
             self.want(&mut inner);
@@ -902,6 +921,13 @@ impl Vring {
     fn announce(&self, published: Option<Published>) {
         let Some(Published { call, marked }) = published else { return };
         marked.tell();
+        if let Some(call) = call {
+            self.call(call);
+        }
+    }
+
+    /// Notify the driver, or count that it does not want to be.
+    fn call(&self, call: Option<Arc<Call>>) {
         let counter = if let Some(call) = call {
             call.signal();
             &self.statistics.calls
@@ -960,10 +986,11 @@ impl Inner {
     }
 
     /// Show `used` to the driver, if the ring runs.
-    fn publish(&mut self, used: &[Used]) -> Option<Published> {
+    fn publish(&mut self, used: &[Used], notify: bool) -> Option<Published> {
         let State::Running { ring, .. } = &mut self.state else { return None };
-        let (notify, pieces) = on_ring!(ring, ring => publish_on(&mut **ring, used));
-        let call = if notify { self.call.clone() } else { None };
+        let pieces = on_ring!(ring, ring => show_on(&mut **ring, used));
+        let wanted = if notify { on_ring!(ring, ring => ring.decide()) } else { None };
+        let call = wanted.map(|wanted| if wanted { self.call.clone() } else { None });
         Some(Published { call, marked: self.logging.mark_ring(self.used_log, ring, &pieces) })
     }
 
@@ -973,7 +1000,7 @@ impl Inner {
             return None;
         }
         let held = std::mem::take(&mut self.held);
-        self.publish(&held)
+        self.publish(&held, true)
     }
 
     fn refuse_if_active(&self) -> Result<(), String> {
@@ -1038,18 +1065,19 @@ impl AnyRing {
 #[derive(Debug)]
 #[must_use]
 struct Published {
-    /// None if the driver does not want to be notified.
-    call: Option<Arc<Call>>,
+    /// None if that was not decided; nothing in it if the driver does not want to be notified.
+    call: Option<Option<Arc<Call>>>,
     marked: Marked,
 }
 
-/// Show `used` to the driver. Returns whether it wants to be notified, and what was written to.
-fn publish_on(ring: &mut impl Ring, used: &[Used]) -> (bool, [Written; 3]) {
+/// Show `used` to the driver. Returns what was written to.
+fn show_on(ring: &mut impl Ring, used: &[Used]) -> [Written; 3] {
     for entry in used {
         ring.push_used(*entry);
     }
     let pieces = ring.unpublished();
-    (ring.publish(), pieces)
+    ring.show();
+    pieces
 }
 
 fn take_from(

@@ -672,23 +672,32 @@ impl<'py> Turn<'_, 'py> {
         };
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
         let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
-        match workspace.take(vring) {
-            Taken::Chains(run) => {
-                let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
-                self.survive(result, "making a request");
-                let mut inner = lock(&self.backend.inner);
-                inner.polls_in_vain = 0;
-                // Only a look that finds nothing asks the driver to kick.
-                if !inner.pending.contains(&queue) {
-                    inner.pending.push(queue);
+        let begin = Instant::now();
+        loop {
+            match workspace.take(vring) {
+                Taken::Chains(run) => {
+                    let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
+                    self.survive(result, "making a request");
+                    let mut inner = lock(&self.backend.inner);
+                    inner.polls_in_vain = 0;
+                    // Only a look that finds nothing asks the driver to kick.
+                    if !inner.pending.contains(&queue) {
+                        inner.pending.push(queue);
+                    }
+                }
+                Taken::Nothing | Taken::NotRunning => break,
+                Taken::Broken(error) => {
+                    lock(&self.backend.broken).push((queue, error));
+                    self.report_broken();
+                    break;
                 }
             }
-            Taken::Nothing | Taken::NotRunning => {}
-            Taken::Broken(error) => {
-                lock(&self.backend.broken).push((queue, error));
-                self.report_broken();
+            // What came meanwhile needs no turn of its own, nor the driver a notification before it.
+            if self.fatal.is_some() || vring.available() == 0 || begin.elapsed() >= patience.min(PATIENCE) {
+                break;
             }
         }
+        workspace.notify(vring);
         lock(&self.backend.inner).workspaces[usize::from(queue)] = workspace;
     }
 

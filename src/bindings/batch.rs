@@ -11,31 +11,33 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 
+use super::disk::Blocks;
 use super::request::Request;
-use crate::backend::{Run, Taken, Vring};
+use crate::backend::{Lead, Run, Show, Taken, Turnaround, Vring};
 use crate::virtqueue::{Chain, Used};
 
 /// How long requests that are done may wait for others of their batch before the driver sees them.
-pub(super) const PATIENCE: Duration = Duration::from_micros(50);
+pub(super) const PATIENCE: Duration = Duration::from_micros(200);
 
-/// Who takes the requests of a queue together, and who takes those one by one that are left then.
+/// Who takes the requests of a queue together, and who takes those one by one that are left then; before them, `blocks()`
+/// may say what is done without them.
 #[pyclass(frozen, module = "vhost_user._core")]
 #[derive(Debug)]
 pub struct BatchHandler {
-    together: Py<PyAny>,
+    together: Option<Py<PyAny>>,
     each: Option<Py<PyAny>>,
+    blocks: Option<Py<PyAny>>,
 }
 
 #[pymethods]
 impl BatchHandler {
     #[new]
-    fn new(together: Py<PyAny>, each: Option<Py<PyAny>>) -> Self {
-        Self { together, each }
+    fn new(together: Option<Py<PyAny>>, each: Option<Py<PyAny>>, blocks: Option<Py<PyAny>>) -> Self {
+        Self { together, each, blocks }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.together)?;
-        self.each.iter().try_for_each(|each| visit.call(each))
+        [&self.together, &self.each, &self.blocks].into_iter().flatten().try_for_each(|handler| visit.call(handler))
     }
 }
 
@@ -50,6 +52,7 @@ pub(super) struct Workspace {
     /// How many of them, from the first on, keep no memory.
     at_rest: usize,
     share: Share,
+    turnaround: Turnaround,
 }
 
 /// How many requests of a queue are handled before the others, and the front-end, are looked at.
@@ -109,10 +112,10 @@ impl Workspace {
     ) -> PyResult<()> {
         let begin = self.share.begin(self.chains.len());
         let result = match handler.bind(py).cast::<BatchHandler>() {
-            Ok(handler) => self.handle_together(py, origin, handler.get(), failures),
+            Ok(handler) => self.handle_batch(py, origin, handler.get(), failures),
             Err(_) => self.handle_each(py, origin, handler, failures),
         };
-        self.publish(origin);
+        self.show(origin);
         self.let_go_of_memory();
         self.share.end(begin);
         result
@@ -130,17 +133,62 @@ impl Workspace {
         handler: &Py<PyAny>,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
-        let mut pace = Pace::new(origin.patience);
         let mut chains = std::mem::take(&mut self.chains);
+        let mut lead = self.turnaround.begin(origin.patience, chains.len());
         for chain in chains.drain(..) {
             let request = self.request(py, origin, chain)?;
             self.call(py, handler, &request, failures);
             self.finish_and_keep(py, request);
-            if pace.is_due() {
-                self.publish(origin);
-            }
+            self.give_back(origin, &mut lead);
         }
         self.chains = chains;
+        Ok(())
+    }
+
+    fn handle_batch(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        handler: &BatchHandler,
+        failures: &mut dyn Failures,
+    ) -> PyResult<()> {
+        let transferred = match &handler.blocks {
+            Some(blocks) => self.transfer(py, origin, blocks),
+            None => Ok(()),
+        };
+        let handled = match (&handler.together, &handler.each) {
+            _ if self.chains.is_empty() => Ok(()),
+            (Some(together), _) => self.handle_together(py, origin, together, handler, failures),
+            (None, Some(each)) => self.handle_each(py, origin, each, failures),
+            (None, None) => Ok(()),
+        };
+        transferred.and(handled)
+    }
+
+    /// Let what `blocks` returns do what it can of the chains, without the interpreter. The others are left.
+    fn transfer(&mut self, py: Python<'_>, origin: Origin<'_>, blocks: &Py<PyAny>) -> PyResult<()> {
+        let blocks = blocks.call0(py)?;
+        if blocks.is_none(py) {
+            return Ok(());
+        }
+        let blocks = blocks.bind(py).cast::<Blocks>()?.get();
+        py.detach(|| {
+            let mut chains = std::mem::take(&mut self.chains);
+            let mut left = Vec::new();
+            let mut lead = self.turnaround.begin(origin.patience, chains.len());
+            for chain in chains.drain(..) {
+                // SAFETY: the run keeps the snapshot of its chains.
+                match unsafe { blocks.transfer(&chain) } {
+                    Some(used) => {
+                        self.used.push(used);
+                        self.spare.push(chain);
+                    }
+                    None => left.push(chain),
+                }
+                self.give_back(origin, &mut lead);
+            }
+            self.chains = if left.is_empty() { chains } else { left };
+        });
         Ok(())
     }
 
@@ -148,6 +196,7 @@ impl Workspace {
         &mut self,
         py: Python<'_>,
         origin: Origin<'_>,
+        together: &Py<PyAny>,
         handler: &BatchHandler,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
@@ -156,7 +205,7 @@ impl Workspace {
         let requests = requests.collect::<PyResult<Vec<_>>>()?;
         self.chains = chains;
         let batch = batch_class(py)?.call1((PyList::new(py, &requests)?,))?;
-        let outcome = call(py, &handler.together, &batch);
+        let outcome = call(py, together, &batch);
         drop(batch);
         let left = match outcome {
             Ok(left) if left.is_none() => Ok(Vec::new()),
@@ -194,7 +243,7 @@ impl Workspace {
             self.finish(py, request);
         }
         self.publish(origin);
-        let mut pace = Pace::new(origin.patience);
+        let mut lead = self.turnaround.begin(origin.patience, left.len());
         for request in left.iter().filter(|request| request.get().is_handled(py)) {
             if let Some(each) = &handler.each {
                 self.call(py, each, request, failures);
@@ -204,9 +253,7 @@ impl Workspace {
                 failures.request_failed(request, &PyTypeError::new_err(text));
                 self.finish(py, request);
             }
-            if pace.is_due() {
-                self.publish(origin);
-            }
+            self.give_back(origin, &mut lead);
         }
     }
 
@@ -263,11 +310,33 @@ impl Workspace {
         self.at_rest = self.requests.len();
     }
 
+    /// Another request is done: give it back with others, if it is time.
+    fn give_back(&mut self, origin: Origin<'_>, lead: &mut Lead) {
+        match self.turnaround.after_one(lead, || origin.vring.available() > 0) {
+            None => {}
+            Some(Show::Quietly) => self.show(origin),
+            Some(Show::Notify) => self.publish(origin),
+        }
+    }
+
+    /// Give back what is done, and notify the driver of it.
     fn publish(&mut self, origin: Origin<'_>) {
+        self.show(origin);
+        origin.vring.notify();
+    }
+
+    /// Notify the driver of what was given back to it.
+    pub(super) fn notify(&mut self, vring: &Vring) {
+        self.turnaround.notified(Instant::now());
+        vring.notify();
+    }
+
+    /// Give back what is done. The driver is notified later.
+    fn show(&mut self, origin: Origin<'_>) {
         if !self.used.is_empty() {
             // Each came with its chain.
             let chains = &self.spare[self.spare.len() - self.used.len()..];
-            origin.vring.complete(origin.run, &self.used, chains);
+            origin.vring.complete_quietly(origin.run, &self.used, chains);
             self.used.clear();
         }
     }
@@ -277,36 +346,6 @@ impl Workspace {
 fn batch_class(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
     static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     CLASS.import(py, "vhost_user.queues", "Batch")
-}
-
-/// When to show the driver what is done of a batch that takes long. To look at the clock costs as much as a small
-/// request: it is done less and less often, as long as there is time.
-struct Pace {
-    patience: Duration,
-    since: Instant,
-    handled: u32,
-    look_at: u32,
-}
-
-impl Pace {
-    fn new(patience: Duration) -> Self {
-        Self { patience, since: Instant::now(), handled: 0, look_at: 1 }
-    }
-
-    /// Another request is done: whether it is time.
-    fn is_due(&mut self) -> bool {
-        self.handled += 1;
-        if self.handled < self.look_at {
-            return false;
-        }
-        let now = Instant::now();
-        if now - self.since < self.patience {
-            self.look_at *= 2;
-            return false;
-        }
-        *self = Self { patience: self.patience, since: now, handled: 0, look_at: self.look_at.div_ceil(2) };
-        true
-    }
 }
 
 /// Call with one argument, for which no tuple is made.

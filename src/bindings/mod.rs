@@ -22,7 +22,7 @@ pub use backend::Backend;
 pub use batch::BatchHandler;
 pub use buffer::GuestBuffer;
 pub use codec::{DecodedMessage, MessageInfo, decode, messages, payloads};
-pub use disk::transfer_blocks;
+pub use disk::Blocks;
 pub use frontend::{DirtyLog, Frontend, FrontendQueue, InflightRecord, LatePages, Memory, add_tables};
 pub use load::{Load, LoadResult};
 pub use request::Request;

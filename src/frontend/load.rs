@@ -165,23 +165,21 @@ impl<'a> Job<'a> {
         let queue = self.queue;
         let mut under_way = self.slots.len();
         let begin = Instant::now();
-        let kick = queue.with_ring(|ring| {
-            if options.poll {
-                ring.disable_calls();
+        for slot in 0..self.slots.len() {
+            let kick = queue.with_ring(|ring| {
+                if options.poll {
+                    ring.disable_calls();
+                }
+                on_driver!(ring, ring => self.submit(ring, slot, begin))
+            })?;
+            if kick {
+                queue.kick()?;
             }
-            on_driver!(ring, ring => (0..self.slots.len()).try_for_each(|slot| self.submit(ring, slot, begin)))?;
-            Ok(ring.publish())
-        })?;
-        if kick {
-            queue.kick()?;
         }
         let end = begin + options.runtime;
         let (mut over, mut last, mut looked) = (false, begin, begin);
         while under_way > 0 {
-            let (came, now, kick) = queue.with_ring(|ring| {
-                let (came, now) = on_driver!(ring, ring => self.turn(ring, over))?;
-                Ok((came, now, ring.publish()))
-            })?;
+            let (came, now, kick) = queue.with_ring(|ring| on_driver!(ring, ring => self.turn(ring, over)))?;
             if kick {
                 queue.kick()?;
             }
@@ -220,21 +218,25 @@ impl<'a> Job<'a> {
         Ok(std::mem::take(&mut self.tally))
     }
 
-    /// Take what the device has completed, and submit as many requests again unless it is `over`. Returns how many those
-    /// are, and when it saw the first.
-    fn turn(&mut self, ring: &mut impl Driver, over: bool) -> Result<(usize, Instant), RingError> {
+    /// Take what the device has completed, and submit as many requests again unless it is `over`, until the device wants a
+    /// kick. Returns how many those are, when it saw the first, and whether to kick.
+    ///
+    /// The device sees each as soon as it is there, as it does of most drivers, and of libblkio: one that is about to sleep
+    /// need not, and one that sleeps wakes up while the others are made.
+    fn turn(&mut self, ring: &mut impl Driver, over: bool) -> Result<(usize, Instant, bool), RingError> {
         let mut seen = None;
         let mut came = 0;
-        while let Some(used) = ring.pop()? {
+        let mut kick = false;
+        while !kick && let Some(used) = ring.pop()? {
             let now = *seen.get_or_insert_with(Instant::now);
             came += 1;
             if !over {
                 let slot = usize::from(self.by_head[usize::from(used.head)]);
                 self.account(slot, used.written, now);
-                self.submit(ring, slot, now)?;
+                kick = self.submit(ring, slot, now)?;
             }
         }
-        Ok((came, seen.unwrap_or_else(Instant::now)))
+        Ok((came, seen.unwrap_or_else(Instant::now), kick))
     }
 
     fn account(&mut self, slot: usize, written: u32, now: Instant) {
@@ -256,7 +258,8 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn submit(&mut self, ring: &mut impl Driver, at: usize, now: Instant) -> Result<(), RingError> {
+    /// Show a request to the device. Returns whether it wants a kick.
+    fn submit(&mut self, ring: &mut impl Driver, at: usize, now: Instant) -> Result<bool, RingError> {
         let slot = &mut self.slots[at];
         if let Some(walk) = &mut self.walk {
             let (reads, sector) = walk.step();
@@ -270,7 +273,7 @@ impl<'a> Job<'a> {
         slot.submitted = now;
         let head = ring.add(elements, indirect)?;
         self.by_head[usize::from(head)] = at as u16;
-        Ok(())
+        Ok(ring.publish())
     }
 }
 

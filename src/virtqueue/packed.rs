@@ -139,6 +139,8 @@ pub struct PackedRing {
     hidden: Option<(u16, u16)>,
     /// Used descriptors since we last decided whether to notify; None before the first time.
     undecided: Option<u16>,
+    /// Whether the driver was shown any since.
+    shown: bool,
 
     /// What outlives this process of the above, if the front-end gave memory for it.
     record: Option<Box<Recorded>>,
@@ -189,6 +191,7 @@ impl Ring for PackedRing {
             order: options.in_order.then(Order::default),
             hidden: None,
             undecided: None,
+            shown: false,
             record: None,
         };
         (ring.avail, ring.used) = ring.understand(base);
@@ -324,23 +327,31 @@ impl Ring for PackedRing {
         }
     }
 
-    fn publish(&mut self) -> bool {
-        let Some((first, flags)) = self.hidden.take() else { return false };
+    fn show(&mut self) {
+        let Some((first, flags)) = self.hidden.take() else { return };
         if let Some(recorded) = &mut self.record {
             recorded.record.before_publish(self.used);
         }
+        self.shown = true;
         self.flags(first).store(flags.to_le(), Ordering::Release);
         crash::point();
         if let Some(recorded) = &mut self.record {
             recorded.record.after_publish();
         }
+    }
+
+    fn decide(&mut self) -> Option<bool> {
+        if !std::mem::take(&mut self.shown) {
+            return None;
+        }
         // The driver may be about to sleep: it must see the descriptor, or we must see that it wants a notification.
         fence(Ordering::SeqCst);
         let suppression = u32::from_le(self.driver_events().load(Ordering::Relaxed));
-        let Some(slots) = self.undecided.replace(0) else {
-            return (suppression >> 16) as u16 & 3 != EVENTS_DISABLE;
+        // Who went once round the ring has passed whatever the driver waits for.
+        let Some(slots) = self.undecided.replace(0).filter(|slots| *slots < self.size) else {
+            return Some((suppression >> 16) as u16 & 3 != EVENTS_DISABLE);
         };
-        wants_event(suppression, self.used, slots, self.size, self.options.event_idx)
+        Some(wants_event(suppression, self.used, slots, self.size, self.options.event_idx))
     }
 
     fn unpublished(&self) -> [Written; 3] {
@@ -521,7 +532,7 @@ impl PackedRing {
         self.used = self.used.plus(descriptors, self.size);
         self.taken -= descriptors;
         if let Some(slots) = &mut self.undecided {
-            *slots += descriptors;
+            *slots = slots.saturating_add(descriptors);
         }
     }
 

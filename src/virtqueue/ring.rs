@@ -74,14 +74,24 @@ pub trait Ring: Debug + Send {
     /// happens, if `head` is not the one that was taken last.
     fn unpop(&mut self, head: u16) -> bool;
 
-    /// Fill the next used entry. The driver sees it after [`publish`](Self::publish).
+    /// Fill the next used entry. The driver sees it after [`show`](Self::show).
     fn push_used(&mut self, used: Used);
 
     /// Show the driver every used entry that was filled. Returns whether it wants to be notified.
     #[must_use]
-    fn publish(&mut self) -> bool;
+    fn publish(&mut self) -> bool {
+        self.show();
+        self.decide().unwrap_or(false)
+    }
 
-    /// What the next [`publish`](Self::publish) shows, for a log of what was written. Too much is better than too little.
+    /// Show the driver every used entry that was filled. It may sleep until somebody [decides](Self::decide).
+    fn show(&mut self);
+
+    /// Whether the driver wants to be notified of what it was shown since this was asked last. None of nothing.
+    #[must_use]
+    fn decide(&mut self) -> Option<bool>;
+
+    /// What the next [`show`](Self::show) shows, for a log of what was written. Too much is better than too little.
     fn unpublished(&self) -> [Written; 3] {
         let size = u64::from(self.size());
         [Written::Descriptors(0, DESCRIPTOR_SIZE * size), Written::Used(0, 6 + 8 * size), Written::Used(0, 0)]

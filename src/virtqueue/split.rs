@@ -48,6 +48,8 @@ pub struct SplitRing<E: Endian> {
     published: u16,
     /// What `published` was when we last decided whether to notify; None before the first time.
     decided: Option<u16>,
+    /// Whether it has changed since.
+    undecided: bool,
     /// Chains taken and not given back.
     in_flight: u16,
     /// The chain that was taken last, while it may still be put back.
@@ -98,6 +100,7 @@ impl<E: Endian> Ring for SplitRing<E> {
             next_used: 0,
             published: 0,
             decided: None,
+            undecided: false,
             in_flight: 0,
             last_taken: None,
             order: options.in_order.then(Order::default),
@@ -229,11 +232,12 @@ impl<E: Endian> Ring for SplitRing<E> {
         }
     }
 
-    fn publish(&mut self) -> bool {
+    fn show(&mut self) {
         if self.published == self.next_used {
-            return false;
+            return;
         }
         self.published = self.next_used;
+        self.undecided = true;
         if let Some(recorded) = &mut self.record {
             recorded.record.before_publish();
         }
@@ -242,15 +246,21 @@ impl<E: Endian> Ring for SplitRing<E> {
         if let Some(recorded) = &mut self.record {
             recorded.record.after_publish(self.next_used);
         }
+    }
+
+    fn decide(&mut self) -> Option<bool> {
+        if !std::mem::take(&mut self.undecided) {
+            return None;
+        }
         // The driver may be about to sleep: it must see the index, or we must see that it wants a notification.
         fence(Ordering::SeqCst);
-        let since = self.decided.replace(self.next_used);
-        if self.options.event_idx {
+        let since = self.decided.replace(self.published);
+        Some(if self.options.event_idx {
             let event = E::u16(self.used_event().load(Ordering::Relaxed));
-            since.is_none_or(|since| needs_event(event, self.next_used, since))
+            since.is_none_or(|since| needs_event(event, self.published, since))
         } else {
             E::u16(self.avail_flags().load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
-        }
+        })
     }
 
     fn unpublished(&self) -> [Written; 3] {

@@ -452,6 +452,44 @@ fn calls_are_asked_for_by_flag_without_event_idx() {
 }
 
 #[test]
+fn what_is_shown_without_a_notification_is_decided_upon_later() {
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(8, 65_534, options);
+        rig.round();
+        let heads: Vec<_> = (0..4).map(|_| rig.submit(&[writable(DATA, 1)], None)).collect();
+        heads.iter().for_each(|_| drop(rig.take()));
+        assert_eq!(rig.driver.enable_calls(2), Ok(false));
+        for head in &heads[..3] {
+            rig.device.push_used(Used { head: *head, written: 0 });
+            rig.device.show();
+            assert_eq!(rig.driver.pop(), Ok(Some(Used { head: *head, written: 0 })));
+        }
+        assert_eq!(rig.device.decide(), Some(true), "the second is the one, and two followed it");
+        assert_eq!(rig.device.decide(), None, "nothing new");
+        rig.device.push_used(Used { head: heads[3], written: 0 });
+        rig.device.show();
+        assert_eq!(rig.device.decide(), Some(false), "it was told");
+    }
+}
+
+#[test]
+fn a_ring_that_goes_round_unnoticed_notifies_whoever_waits() {
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 0, options);
+        rig.round();
+        assert_eq!(rig.driver.enable_calls(1), Ok(false));
+        for _ in 0..9 {
+            let head = rig.submit(&[writable(DATA, 1)], None);
+            drop(rig.take());
+            rig.device.push_used(Used { head, written: 0 });
+            rig.device.show();
+            assert!(rig.driver.pop().unwrap().is_some());
+        }
+        assert_eq!(rig.device.decide(), Some(true));
+    }
+}
+
+#[test]
 fn a_chain_that_is_given_back_unused_is_taken_again() {
     for options in formats(EVENT_IDX) {
         let mut rig = Rig::new(4, 65_535, options);

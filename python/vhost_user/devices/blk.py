@@ -24,7 +24,7 @@ import weakref
 from typing import BinaryIO
 
 from .. import config
-from .._core import Request, transfer_blocks
+from .._core import Blocks, Request
 from ..device import Device
 from ..errors import RequestError
 from ..ids import DeviceId
@@ -122,9 +122,6 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     requestqs = Queue.many("num_queues", 128)
 
-    #: Seconds for which the first of many requests waits for the others.
-    _transfer_time = 0.0002
-
     def __init__(
         self,
         storage: Storage,
@@ -214,15 +211,14 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     # --- Requests ---------------------------------------------------------------------------------------------------
 
-    @requestqs.batch_handler
-    def transfer(self, requests: list[Request]) -> list[Request]:
-        """Do what can be done without Python: reads and writes that are nobody's special wish. Returns the others."""
+    @requestqs.blocks
+    def _plain_blocks(self) -> Blocks | None:
+        """Where reads and writes go without Python, unless they are somebody's special wish."""
         if any(getattr(type(self), name) is not ours for name, ours in TRANSFER_METHODS.items()):
-            return requests
+            return None
         if not TRANSFER_METHODS.keys().isdisjoint(vars(self)):
-            return requests
-        writes = not self.read_only and self._has_cache
-        return transfer_blocks(requests, self._fd, self.capacity, writes, self._transfer_time)
+            return None
+        return Blocks(self._fd, self.capacity, not self.read_only and self._has_cache)
 
     @requestqs.handler
     def execute(self, request: Request) -> None:
