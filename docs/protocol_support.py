@@ -20,20 +20,37 @@ class Support:
 
     device: str | None = None
     driver: str | None = None
-    peers: str = ""
-    """Real peers that were seen to use it, in a test that boots or starts them."""
 
 
-#: Peers, and the tests that they are in.
+#: What was in a traced session with a peer, at least: messages, and features that have none. Tests compare it.
+_SET_UP = (
+    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES GET_QUEUE_NUM SET_VRING_NUM "
+    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE SET_BACKEND_REQ_FD GET_CONFIG "
+    "REPLY_ACK "
+)
+_SLOTS = "SET_VRING_ERR GET_VRING_BASE GET_MAX_MEM_SLOTS ADD_MEM_REG "
+SEEN = {
+    "QEMU": {*(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS").split()},
+    "UML": {*(_SET_UP + "SET_MEM_TABLE").split()},
+    "QEMU (killed disk)": {"GET_INFLIGHT_FD", "SET_INFLIGHT_FD"},
+    "QEMU (migration)": {"SET_LOG_BASE"},
+    "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
+    "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
+    "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
+}
+
+#: In which tests that is. The last is a back-end, to which the driver side speaks; all others are front-ends.
+_TRACED = "test_docs_protocol_support.py::test_"
 PEERS = {
-    "QEMU": "devices/test_qemu.py::test_devices_outlive_a_reboot_and_the_end_of_qemu",
-    "UML": "test_trace.py::test_a_guest_does_not_notice_and_everything_is_seen",
-    "QEMU, killed": "devices/test_qemu.py::test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes",
-    "QEMU, migrated": (
+    "QEMU": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
+    "UML": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
+    "QEMU (killed disk)": "devices/test_qemu.py::test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes",
+    "QEMU (migration)": (
         "devices/test_migration.py::test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote"
     ),
-    "QEMU, behind an IOMMU": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
-    "UML, in-band": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
+    "QEMU (IOMMU)": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
+    "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
+    "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
 }
 
 SESSION = "test_session.py::test_"
@@ -61,51 +78,43 @@ _in_band = IN_BAND + "our_own_front_end_works_in_band"
 _suspended = INFLIGHT + "a_driver_suspends_a_queue_and_lets_it_go_on"
 _killed = INFLIGHT + "every_request_completes_once_however_often_the_device_is_killed"
 _big_endian = ENDIAN + "a_big_endian_ring_works"
-_guests = "QEMU, UML"
 _late = POSTCOPY + "a_device_works_on_a_ring_and_buffers_whose_pages_come_when_it_touches_them"
 _provided = POSTCOPY + "pages_are_provided_as_the_device_touches_them"
 
 SUPPORT = {
-    "GET_FEATURES": Support(_reply, _negotiated, _guests),
-    "SET_FEATURES": Support(SESSION + "features_without_bit_30_enable_every_ring", _negotiated, _guests),
+    "GET_FEATURES": Support(_reply, _negotiated),
+    "SET_FEATURES": Support(SESSION + "features_without_bit_30_enable_every_ring", _negotiated),
     "SET_OWNER": Support(
-        SESSION + "an_acknowledgement_is_sent_when_it_is_asked_for_before_anything_was_negotiated", _negotiated, _guests
+        SESSION + "an_acknowledgement_is_sent_when_it_is_asked_for_before_anything_was_negotiated", _negotiated
     ),
     "RESET_OWNER": Support(SESSION + "reset_owner_disables_the_rings_and_forgets_nothing"),
     "SET_MEM_TABLE": Support(
         SESSION + "the_memory_table_is_replaced_while_the_ring_runs",
         FRONTEND + "memory_of_several_regions_goes_over_as_a_table",
-        "UML",
     ),
     "SET_LOG_BASE": Support(
         MIGRATION + "after_the_reply_nothing_is_marked_in_the_log_of_before",
         MIGRATION + "a_log_is_swapped_while_requests_are_under_way",
-        "QEMU, migrated",
     ),
     "SET_LOG_FD": Support(
         MIGRATION + "the_eventfd_is_told_of_marks",
         MIGRATION + "a_queue_that_starts_later_is_logged_and_marks_are_announced",
     ),
-    "SET_VRING_NUM": Support(SESSION + "a_ring_works_at_the_ends_of_what_its_size_may_be", _queue, _guests),
-    "SET_VRING_ADDR": Support(
-        SESSION + "a_running_ring_takes_its_addresses_again_without_losing_its_place", _queue, _guests
-    ),
-    "SET_VRING_BASE": Support(SESSION + "a_ring_starts_at_any_base_and_stops_there_again", _queue, _guests),
-    "GET_VRING_BASE": Support(SESSION + "get_vring_base_answers_after_requests_in_flight_are_done", _queue, "QEMU"),
-    "SET_VRING_KICK": Support(SESSION + "a_kick_is_heard_from_every_kind_of_descriptor", _queue, _guests),
-    "SET_VRING_CALL": Support(SESSION + "a_call_is_sent_to_every_kind_of_descriptor", _queue, _guests),
+    "SET_VRING_NUM": Support(SESSION + "a_ring_works_at_the_ends_of_what_its_size_may_be", _queue),
+    "SET_VRING_ADDR": Support(SESSION + "a_running_ring_takes_its_addresses_again_without_losing_its_place", _queue),
+    "SET_VRING_BASE": Support(SESSION + "a_ring_starts_at_any_base_and_stops_there_again", _queue),
+    "GET_VRING_BASE": Support(SESSION + "get_vring_base_answers_after_requests_in_flight_are_done", _queue),
+    "SET_VRING_KICK": Support(SESSION + "a_kick_is_heard_from_every_kind_of_descriptor", _queue),
+    "SET_VRING_CALL": Support(SESSION + "a_call_is_sent_to_every_kind_of_descriptor", _queue),
     "SET_VRING_ERR": Support(
         SESSION + "error_descriptors_tell_of_a_broken_ring_and_the_others_go_on",
         FRONTEND + "a_ring_that_the_back_end_reports_as_broken_is_not_waited_for",
-        "QEMU",
     ),
-    "GET_PROTOCOL_FEATURES": Support(_reply, _negotiated, _guests),
-    "SET_PROTOCOL_FEATURES": Support(_setup, FRONTEND + "exactly_what_was_asked_for_is_negotiated", _guests),
-    "GET_QUEUE_NUM": Support(_reply, _negotiated, _guests),
+    "GET_PROTOCOL_FEATURES": Support(_reply, _negotiated),
+    "SET_PROTOCOL_FEATURES": Support(_setup, FRONTEND + "exactly_what_was_asked_for_is_negotiated"),
+    "GET_QUEUE_NUM": Support(_reply, _negotiated),
     "SET_VRING_ENABLE": Support(
-        SESSION + "a_ring_that_was_disabled_goes_on_where_it_was",
-        FRONTEND + "a_queue_that_is_not_enabled_waits",
-        _guests,
+        SESSION + "a_ring_that_was_disabled_goes_on_where_it_was", FRONTEND + "a_queue_that_is_not_enabled_waits"
     ),
     "SEND_RARP": Support(
         EXTENSIONS + "the_address_to_announce_is_the_first_six_bytes",
@@ -115,14 +124,12 @@ SUPPORT = {
         EXTENSIONS + "an_mtu_that_cannot_be_is_refused_before_the_device_sees_it",
         EXTENSIONS + "a_network_card_is_told_its_address_and_its_mtu",
     ),
-    "SET_BACKEND_REQ_FD": Support(_asked, FRONTEND + "a_change_of_the_configuration_is_waited_for", _guests),
+    "SET_BACKEND_REQ_FD": Support(_asked, FRONTEND + "a_change_of_the_configuration_is_waited_for"),
     "IOTLB_MSG": Support(
-        IOMMU + "everything_is_asked_for_once_with_what_it_is_for",
-        IOMMU_DRIVER + "devices_work_behind_an_iommu",
-        "QEMU, behind an IOMMU",
+        IOMMU + "everything_is_asked_for_once_with_what_it_is_for", IOMMU_DRIVER + "devices_work_behind_an_iommu"
     ),
     "SET_VRING_ENDIAN": Support(_big_endian, ENDIAN + "both_ends_speak_big_endian"),
-    "GET_CONFIG": Support(_reply, FRONTEND + "configuration_is_read_and_written", _guests),
+    "GET_CONFIG": Support(_reply, FRONTEND + "configuration_is_read_and_written"),
     "SET_CONFIG": Support(
         "test_config.py::test_a_driver_writes_parts_of_a_field", FRONTEND + "configuration_is_read_and_written"
     ),
@@ -135,8 +142,8 @@ SUPPORT = {
     "POSTCOPY_ADVISE": Support(_late, _provided),
     "POSTCOPY_LISTEN": Support(POSTCOPY + "steps_out_of_order_are_refused", _provided),
     "POSTCOPY_END": Support(_late, _provided),
-    "GET_INFLIGHT_FD": Support(INFLIGHT + "a_record_is_a_sealed_file_of_zeros", _killed, "QEMU, killed"),
-    "SET_INFLIGHT_FD": Support(INFLIGHT + "the_next_device_begins_with_what_was_in_flight", _killed, "QEMU, killed"),
+    "GET_INFLIGHT_FD": Support(INFLIGHT + "a_record_is_a_sealed_file_of_zeros", _killed),
+    "SET_INFLIGHT_FD": Support(INFLIGHT + "the_next_device_begins_with_what_was_in_flight", _killed),
     "GPU_SET_SOCKET": Support(
         EXTENSIONS + "a_device_draws_on_the_screen_that_it_is_given",
         EXTENSIONS + "a_device_draws_on_the_screen_that_it_is_given",
@@ -145,20 +152,14 @@ SUPPORT = {
         SESSION + "reset_device_stops_and_disables_the_rings_and_keeps_the_rest",
         FRONTEND + "a_reset_ends_requests_and_the_device_can_be_used_again",
     ),
-    "VRING_KICK": Support(
-        IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band, "UML, in-band"
-    ),
-    "GET_MAX_MEM_SLOTS": Support(
-        _reply, EXTENSIONS + "a_driver_shares_as_many_regions_as_the_device_has_slots", "QEMU"
-    ),
-    "ADD_MEM_REG": Support(EXTENSIONS + "a_device_works_on_all_the_memory_slots_that_it_offers", _slots, "QEMU"),
+    "VRING_KICK": Support(IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band),
+    "GET_MAX_MEM_SLOTS": Support(_reply, EXTENSIONS + "a_driver_shares_as_many_regions_as_the_device_has_slots"),
+    "ADD_MEM_REG": Support(EXTENSIONS + "a_device_works_on_all_the_memory_slots_that_it_offers", _slots),
     "REM_MEM_REG": Support(SESSION + "regions_are_added_and_removed_while_the_ring_runs", _slots),
     "SET_STATUS": Support(
-        SESSION + "status_is_kept_and_zero_resets_the_device",
-        FRONTEND + "the_device_status_follows_the_driver",
-        "QEMU",
+        SESSION + "status_is_kept_and_zero_resets_the_device", FRONTEND + "the_device_status_follows_the_driver"
     ),
-    "GET_STATUS": Support(_reply, FRONTEND + "the_device_status_follows_the_driver", "QEMU"),
+    "GET_STATUS": Support(_reply, FRONTEND + "the_device_status_follows_the_driver"),
     "GET_SHARED_OBJECT": Support(_asked, _objects),
     "SET_DEVICE_STATE_FD": Support(
         STATE + "the_state_goes_through_a_socket_as_well", STATE + "what_one_device_saved_another_one_loads"
@@ -172,17 +173,13 @@ SUPPORT = {
         INFLIGHT + "a_ring_is_suspended_at_once_and_takes_up_what_it_had_begun", _suspended
     ),
     "BACKEND_IOTLB_MSG": Support(
-        IOMMU + "everything_is_asked_for_once_with_what_it_is_for",
-        IOMMU_DRIVER + "devices_work_behind_an_iommu",
-        "QEMU, behind an IOMMU",
+        IOMMU + "everything_is_asked_for_once_with_what_it_is_for", IOMMU_DRIVER + "devices_work_behind_an_iommu"
     ),
     "BACKEND_CONFIG_CHANGE_MSG": Support(
         "test_trace.py::test_what_the_back_end_asks_is_seen", FRONTEND + "a_change_of_the_configuration_is_waited_for"
     ),
     "BACKEND_VRING_HOST_NOTIFIER_MSG": Support(_asked, WINDOWS + "a_driver_notifies_by_the_page_that_the_device_gives"),
-    "BACKEND_VRING_CALL": Support(
-        IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band, "UML, in-band"
-    ),
+    "BACKEND_VRING_CALL": Support(IN_BAND + "the_first_kick_message_starts_the_ring_and_calls_are_messages", _in_band),
     "BACKEND_VRING_ERR": Support(
         IN_BAND + "a_ring_that_breaks_says_so_in_a_message",
         IN_BAND + "our_own_front_end_is_told_of_a_ring_that_broke",
@@ -198,9 +195,7 @@ SUPPORT = {
 FEATURES = {
     "LOG_SHMFD": SUPPORT["SET_LOG_BASE"],
     "REPLY_ACK": Support(
-        SESSION + "nothing_is_acknowledged_that_did_not_ask_for_it",
-        FRONTEND + "a_refused_message_ends_nothing",
-        _guests,
+        SESSION + "nothing_is_acknowledged_that_did_not_ask_for_it", FRONTEND + "a_refused_message_ends_nothing"
     ),
     "BACKEND_SEND_FD": Support(_asked, WINDOWS + "a_mapping_has_one_descriptor"),
     "GET_VRING_BASE_INFLIGHT": Support(INFLIGHT + "features_that_need_a_record_are_refused_without_it", _suspended),
@@ -222,7 +217,8 @@ HEAD = """\
 
 Made by `python docs/protocol_support.py` from the tables of the core; do not edit it. The device side is what
 `vhost_user.Device` serves, the driver side what `vhost_user.Frontend` does; every test is below `tests/`. "No" means
-that it is not offered, and refused.
+that it is not offered, and refused. "Seen with" are programs that nobody here wrote: front-ends that say it to a device
+of ours, and qemu-storage-daemon, a back-end to which our front-end says it.
 """
 
 
@@ -253,7 +249,7 @@ def _section(title: str, rows: list[MessageInfo]) -> list[str]:
     ]
     for row in rows:
         needs = "" if row.gate == "always" else row.gate
-        lines.append(f"| {row.id} | {row.name} | {needs} | {_cells(SUPPORT[row.name])} |")
+        lines.append(f"| {row.id} | {row.name} | {needs} | {_cells(SUPPORT[row.name], {row.name})} |")
     return [*lines, ""]
 
 
@@ -271,7 +267,8 @@ def _features(tables: list[MessageInfo]) -> list[str]:
             lines.append(f"| {bit} | {name} | {REFUSED[name]} | no | |")
             continue
         gated = [row.name for row in tables if row.gate == name]
-        lines.append(f"| {bit} | {name} | {_cells(FEATURES[name] if name in FEATURES else SUPPORT[gated[0]])} |")
+        support = FEATURES[name] if name in FEATURES else SUPPORT[gated[0]]
+        lines.append(f"| {bit} | {name} | {_cells(support, {name, *gated})} |")
     return [*lines, ""]
 
 
@@ -280,10 +277,10 @@ def _peers() -> list[str]:
     return [*lines, *[f"- {peer}: `{test}`" for peer, test in PEERS.items()], ""]
 
 
-def _cells(support: Support) -> str:
+def _cells(support: Support, names: set[str]) -> str:
     device = f"`{support.device}`" if support.device else "no"
     driver = f"`{support.driver}`" if support.driver else "no"
-    return f"{device} | {driver} | {support.peers}"
+    return f"{device} | {driver} | {', '.join(peer for peer in PEERS if SEEN[peer] & names)}"
 
 
 def named_tests() -> set[str]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import vhost_user as vu
+from raw import wait_until
+from specimens import Serve
+from storage_daemon import storage_daemon
 from vhost_user._core import messages
+from vhost_user.devices import Blk
+from vhost_user.guest import Qemu, Uml
+from vhost_user.trace.model import Record
+from vhost_user.trace.proxy import Proxy, running
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +54,64 @@ def test_every_test_that_the_page_names_is_there(generator: ModuleType) -> None:
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
 
 
-def test_every_peer_is_told_where_it_was_seen(generator: ModuleType) -> None:
-    for support in generator.SUPPORT.values():
-        for peer in generator.PEERS:
-            assert support.peers in ("", "QEMU, UML") or support.peers in generator.PEERS, peer
+def test_every_peer_is_told_where_it_was_seen_and_with_what(generator: ModuleType) -> None:
+    known = {row.name for row in messages()} | {feature.name for feature in vu.ProtocolFeature}
+    assert list(generator.PEERS) == list(generator.SEEN)
+    for names in generator.SEEN.values():
+        assert names
+        assert names <= known
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", [Uml, Qemu])
+def test_a_guest_says_what_the_page_says_that_it_says(
+    serve: Serve, tmp_path: Path, generator: ModuleType, kind: type[Uml | Qemu]
+) -> None:
+    path = serve(Blk(1 << 20))
+    with traced(path, tmp_path / "traced") as said:
+        with kind([(tmp_path / "traced", vu.DeviceId.BLOCK)]) as guest:
+            guest.run("dd if=/dev/vda of=/dev/null bs=4096 count=4 iflag=direct")
+        wait_until(lambda: "closed" in said, "the end of the connection")
+    peer = {Uml: "UML", Qemu: "QEMU"}[kind]
+    assert generator.SEEN[peer] - said == set()
+
+
+def test_our_front_end_says_it_to_a_disk_that_nobody_here_wrote(tmp_path: Path, generator: ModuleType) -> None:
+    read = struct.pack("<IIQ", 0, 0, 0)
+    first, second = vu.Memory(1 << 20), vu.Memory(regions=[(1 << 21, 1 << 20)])
+    with (
+        storage_daemon(tmp_path, queues=2) as path,
+        traced(path, tmp_path / "traced") as said,
+        vu.Frontend.connect(tmp_path / "traced") as frontend,
+    ):
+        frontend.negotiate().share(first, second)
+        frontend.write_config(b"\0", 32)
+        assert frontend.read_config(33)[32] == 0
+        queue = frontend.queue(0)
+        assert queue.request(read, 513) == bytes(513)
+        log = vu.DirtyLog(frontend.memory)
+        frontend.set_log(log)
+        frontend.log_all()
+        assert queue.request(read, 513) == bytes(513)
+        assert log.take()
+        queue.stop()
+        frontend.share(first)
+        frontend.exchange("GET_FEATURES")
+    assert generator.SEEN["qemu-storage-daemon"] - said == set()
+
+
+@contextlib.contextmanager
+def traced(back_end: Path, path: Path) -> Iterator[set[str]]:
+    """The names of what both sides say to each other through `path`: messages that are good, and features."""
+    said: set[str] = set()
+
+    def hear(record: Record) -> None:
+        if record.event == "message" and not record.problem:
+            said.add(record.decoded.name)
+            if record.decoded.name == "SET_PROTOCOL_FEATURES" and not record.is_answer:
+                said.update(record.fields["names"])
+        elif (record.event, record.channel) == ("closed", "main"):
+            said.add("closed")
+
+    with running(Proxy(path, back_end, hear)):
+        yield said
