@@ -363,6 +363,8 @@ class Qemu(Guest):
 
     DISK = 2
 
+    # An emulated timer that is late, on a machine that is busy, is not a broken one: the kernel would panic.
+    _PARAMETERS = "console=ttyS0 no_timer_check"
     _IOMMU_PARAMETERS = "intel_iommu=on iommu.strict=1"
 
     # The device models of QEMU. An id that has none gets the generic one, for which QEMU has to be told the numbers of
@@ -485,7 +487,10 @@ class Qemu(Guest):
             *("-m", self.memory),
             *("-object", f"memory-backend-memfd,id=memory,size={self.memory},share=on", "-numa", "node,memdev=memory"),
             *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initramfs"),
-            *("-append", f'console=ttyS0 {self._IOMMU_PARAMETERS if self.iommu else ""} -- sh -c "{self._listen()}"'),
+            *(
+                "-append",
+                f'{self._PARAMETERS} {self._IOMMU_PARAMETERS if self.iommu else ""} -- sh -c "{self._listen()}"',
+            ),
             *("-device", "pvpanic-pci"),  # a panic ends QEMU
             *("-chardev", "stdio,id=log,signal=off", "-device", "isa-serial,chardev=log"),
             *("-chardev", f"socket,id=channel,fd={channel}", "-device", "isa-serial,chardev=channel"),
