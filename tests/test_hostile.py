@@ -38,6 +38,7 @@ from raw import (
     FrontEnd,
     Id,
     Memory,
+    NonblockingEventfd,
     Ring,
     config,
     memory_table,
@@ -744,6 +745,41 @@ def test_a_kick_descriptor_whose_other_end_is_closed_does_not_spin(front: FrontE
     assert front.exchange(other, b"abc", 8) == b"\x01cba"
     front.set_kick(ring)
     assert front.exchange(ring, b"abc", 8) == b"\0cba"
+
+
+def test_a_kick_descriptor_that_is_always_readable_does_not_spin(front: FrontEnd, memory: Memory) -> None:
+    ring, other = two_rings(front, memory)
+    random = os.open("/dev/random", os.O_RDONLY)
+    full = os.eventfd(0xFFFF_FFFF, os.EFD_SEMAPHORE)
+    front.ask(Id.SET_VRING_KICK, vring_descriptor(0), [random])
+    front.tell(Id.SET_VRING_KICK, vring_descriptor(1), [full])
+    for descriptor in (random, full):
+        os.close(descriptor)
+    front.get_u64(Id.GET_FEATURES)
+    time.sleep(0.02)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.1
+    for index, each in enumerate((ring, other)):
+        front.set_kick(each)
+        assert front.exchange(each, b"abc", 8) == bytes([index]) + b"cba"
+
+
+def test_two_rings_may_have_the_same_kick_descriptor_one_of_which_is_stopped(front: FrontEnd, memory: Memory) -> None:
+    ring, other = two_rings(front, memory)
+    kick = front.own(NonblockingEventfd())
+    for each in (ring, other):
+        front.set_kick(each, kick)
+    for _ in range(3):
+        assert front.exchange(ring, b"abc", 8) == b"\0cba"
+        assert front.exchange(other, b"abc", 8) == b"\x01cba"
+    chain = other.add([b"abc"], [8])
+    front.kick(other)
+    front.stop(ring)
+    [(_, length)] = other.wait()
+    assert chain.written(length) == b"\x01cba"
+    assert not kick.came(0)
+    assert front.exchange(other, b"def", 8) == b"\x01fed"
 
 
 def test_call_descriptors_that_are_full_closed_or_not_writable_are_no_trouble(front: FrontEnd, memory: Memory) -> None:

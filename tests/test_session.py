@@ -577,6 +577,18 @@ def test_a_call_is_sent_to_every_kind_of_descriptor(
     assert not call.came(QUIET)
 
 
+def test_kicks_are_heard_from_an_eventfd_that_is_hardly_ever_read(front: FrontEnd, memory: Memory) -> None:
+    ring = ready(front, memory)
+    for _ in range(1100):
+        front.exchange(ring, b"abc", 8)
+    kick = front.own(Eventfd())
+    front.set_kick(ring, kick)
+    for _ in range(3):
+        # As full as it gets: whoever writes more waits until it is read.
+        os.eventfd_write(kick.peer, 0xFFFF_FFFF_FFFF_FFFD)
+        assert front.exchange(ring, b"abc", 8) == b"cba"
+
+
 def test_a_ring_without_a_kick_descriptor_is_polled(front: FrontEnd, memory: Memory) -> None:
     front.negotiate()
     front.share(memory)

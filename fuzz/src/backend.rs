@@ -569,10 +569,6 @@ impl World {
             }
             self.channel.settle();
             self.with_session(|session| session.resume(&mut Quiet));
-            self.with_session(|session| match session.check_memory() {
-                Ok(()) => Ok(Flow::Continue),
-                Err(error) => session.fail(error, &mut Quiet),
-            });
             let polled = self.session.as_ref().map(Session::polled_queues).unwrap_or_default();
             for queue in polled {
                 busy |= self.process(queue);
@@ -645,7 +641,7 @@ impl World {
     // --- Ends -------------------------------------------------------------------------------------------------------
 
     fn end(&mut self) {
-        self.with_session(|session| session.stop(&mut Quiet));
+        self.with_session(|session| session.end(&mut Quiet, None));
         self.complete(usize::MAX);
         self.settle();
         assert!(self.session.is_none(), "the session does not end");

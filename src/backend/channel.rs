@@ -267,8 +267,7 @@ impl Channel {
     /// Give up on answers that are late, and call whoever waits for something that is decided. Once in each turn.
     pub fn settle(&self) {
         let mut state = self.lock();
-        let now = Instant::now();
-        if state.sent.front().is_some_and(|oldest| oldest.deadline <= now)
+        if state.sent.front().is_some_and(|oldest| oldest.deadline <= Instant::now())
             && let Some(Sent { request, then, .. }) = state.sent.pop_front()
         {
             let reason = format!("{}: the front-end did not answer in {:?}", request.name(), self.patience);

@@ -137,6 +137,14 @@ impl EventLoop {
             .map_err(Error::os("watching a descriptor"))
     }
 
+    /// Report `descriptor` as `token` whenever it becomes readable, or more readable than it was. It must be forgotten before
+    /// it is closed.
+    pub fn watch_edges(&self, descriptor: impl AsFd, token: Token) -> Result<(), Error> {
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&self.epoll, descriptor, EventData::new_u64(token.to_data()), flags)
+            .map_err(Error::os("watching a descriptor"))
+    }
+
     /// Change what is waited for.
     pub fn change(&self, descriptor: impl AsFd, token: Token, interest: Interest) -> Result<(), Error> {
         epoll::modify(&self.epoll, descriptor, EventData::new_u64(token.to_data()), interest.flags())

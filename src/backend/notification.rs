@@ -5,11 +5,11 @@
 //! shares.
 
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, readlink};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -38,7 +38,22 @@ fn is_ready(descriptor: &OwnedFd, what: PollFlags) -> bool {
     matches!(poll(&mut [PollFd::new(descriptor, what)], Some(&now)), Ok(count) if count > 0)
 }
 
-/// What reading a kick descriptor found.
+/// Whether it is an eventfd. What cannot be told is none.
+fn is_eventfd(descriptor: &OwnedFd) -> bool {
+    let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+    readlink(link, Vec::new()).is_ok_and(|target| target.as_bytes() == b"anon_inode:[eventfd]")
+}
+
+/// Kicks of an eventfd that are left in it, and the most that as few of them may have added to it.
+const UNREAD: u32 = 1 << 10;
+const MODEST: u64 = 1 << 40;
+
+/// Of another descriptor as much is read for one event as fits in the usual socket or pipe, where kicks are 8 bytes. What
+/// has no end is left.
+const READS: usize = 512;
+const AT_ONCE: usize = 512;
+
+/// What became of a kick descriptor that was ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kicked {
     Yes,
@@ -48,38 +63,84 @@ pub enum Kicked {
     Dead,
 }
 
-/// Where a driver's kicks come from.
+/// Where a driver's kicks come from. It is to be watched for edges, and consumed after each.
+///
+/// Every write to an eventfd is an edge, whatever was in it before, so that it need not be read. But a full one would block
+/// who writes: it is read now and then, and always once a large number came.
 #[derive(Debug)]
 pub struct Kick {
     descriptor: OwnedFd,
     kind: Kind,
+    is_eventfd: bool,
+    /// Whether only small numbers came.
+    is_modest: bool,
+    /// How many more kicks need not be read.
+    spared: u32,
 }
 
 impl Kick {
     pub fn new(descriptor: OwnedFd) -> Self {
-        Self { kind: kind_of(&descriptor), descriptor }
+        Self { kind: kind_of(&descriptor), is_eventfd: is_eventfd(&descriptor), is_modest: true, spared: 0, descriptor }
     }
 
-    pub fn consume(&self) -> Kicked {
-        let mut buffer = [0u8; 8];
-        let result = match self.kind {
-            Kind::Socket => recv(&self.descriptor, &mut buffer, RecvFlags::DONTWAIT).map(|(count, _)| count),
-            Kind::NonBlocking => read(&self.descriptor, &mut buffer),
+    /// The descriptor became readable.
+    pub fn consume(&mut self) -> Kicked {
+        if self.spared > 0 {
+            self.spared -= 1;
+            return Kicked::Yes;
+        }
+        if self.is_eventfd { self.consume_counter() } else { self.consume_stream() }
+    }
+
+    fn consume_counter(&mut self) -> Kicked {
+        let mut count = [0; 8];
+        let outcome = self.read(&mut count);
+        if outcome == Ok(count.len()) {
+            self.is_modest &= u64::from_ne_bytes(count) <= MODEST;
+            self.spared = if self.is_modest { UNREAD } else { 0 };
+        }
+        kicked(outcome)
+    }
+
+    fn consume_stream(&self) -> Kicked {
+        let mut space = [0; AT_ONCE];
+        let first = kicked(self.read(&mut space));
+        if first == Kicked::Yes {
+            (1..READS).take_while(|_| matches!(self.read(&mut space), Ok(1..))).for_each(drop);
+        }
+        first
+    }
+
+    fn read(&self, space: &mut [u8]) -> Result<usize, Errno> {
+        match self.kind {
+            Kind::Socket => recv(&self.descriptor, space, RecvFlags::DONTWAIT).map(|(count, _)| count),
+            Kind::NonBlocking => read(&self.descriptor, space),
             Kind::Blocking => {
-                match preadv2(&self.descriptor, &mut [IoSliceMut::new(&mut buffer)], u64::MAX, ReadWriteFlags::NOWAIT) {
-                    Err(Errno::OPNOTSUPP) if is_ready(&self.descriptor, PollFlags::IN) => {
-                        read(&self.descriptor, &mut buffer)
-                    }
+                match preadv2(&self.descriptor, &mut [IoSliceMut::new(space)], u64::MAX, ReadWriteFlags::NOWAIT) {
+                    Err(Errno::OPNOTSUPP) if is_ready(&self.descriptor, PollFlags::IN) => read(&self.descriptor, space),
                     Err(Errno::OPNOTSUPP) => Err(Errno::AGAIN),
                     other => other,
                 }
             }
-        };
-        match result {
-            Ok(0) => Kicked::Dead,
-            Ok(_) => Kicked::Yes,
-            Err(Errno::AGAIN | Errno::INTR) => Kicked::No,
-            Err(_) => Kicked::Dead,
+        }
+    }
+}
+
+fn kicked(outcome: Result<usize, Errno>) -> Kicked {
+    match outcome {
+        Ok(0) => Kicked::Dead,
+        Ok(_) => Kicked::Yes,
+        Err(Errno::AGAIN | Errno::INTR) => Kicked::No,
+        Err(_) => Kicked::Dead,
+    }
+}
+
+impl Drop for Kick {
+    /// Who has an eventfd afterwards, say a front-end that does the work itself, should not take what was left in it for a
+    /// kick.
+    fn drop(&mut self) {
+        if self.is_eventfd {
+            let _ = self.read(&mut [0; 8]);
         }
     }
 }
@@ -147,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kick_is_read_once_from_every_kind_of_descriptor_without_ever_waiting() {
+    fn the_first_kick_is_read_from_every_kind_of_descriptor_without_ever_waiting() {
         let (socket, socket_end) = UnixStream::pair().unwrap();
         let (pipe_end, pipe_writer) = pipe().unwrap();
         let blocking = eventfd(0, EventfdFlags::empty()).unwrap();
@@ -159,11 +220,56 @@ mod tests {
             (dup(&non_blocking).unwrap(), non_blocking),
         ];
         for (ours, theirs) in pairs {
-            let kick = Kick::new(ours);
+            let mut kick = Kick::new(ours);
             assert_eq!(kick.consume(), Kicked::No, "{:?}", kick.kind);
             assert_eq!(write(&theirs, &1u64.to_ne_bytes()), Ok(8));
             assert_eq!(kick.consume(), Kicked::Yes, "{:?}", kick.kind);
-            assert_eq!(kick.consume(), Kicked::No, "{:?}", kick.kind);
+            assert!(!is_ready(&kick.descriptor, PollFlags::IN), "{:?}", kick.kind);
+        }
+    }
+
+    #[test]
+    fn a_stream_is_emptied_by_one_kick_but_not_one_that_has_no_end() {
+        let (socket, end) = UnixStream::pair().unwrap();
+        let mut kick = Kick::new(socket.into());
+        for _ in 0..200 {
+            assert_eq!(write(&end, &1u64.to_ne_bytes()), Ok(8));
+        }
+        assert_eq!(kick.consume(), Kicked::Yes);
+        assert_eq!(kick.consume(), Kicked::No);
+
+        let zeroes = rustix::fs::open("/dev/zero", OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+        assert_eq!(Kick::new(zeroes).consume(), Kicked::Yes);
+    }
+
+    #[test]
+    fn kicks_of_an_eventfd_are_left_in_it_and_taken_out_now_and_then_and_at_the_end() {
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let mut kick = Kick::new(dup(&event).unwrap());
+        let mut most = 0;
+        for _ in 0..3 * u64::from(UNREAD) {
+            write(&event, &1u64.to_ne_bytes()).unwrap();
+            assert_eq!(kick.consume(), Kicked::Yes);
+            let mut left = [0; 8];
+            if read(&event, &mut left).is_ok() {
+                write(&event, &left).unwrap();
+            }
+            most = most.max(u64::from_ne_bytes(left));
+        }
+        assert_eq!(most, u64::from(UNREAD));
+        drop(kick);
+        assert_eq!(read(&event, &mut [0; 8]), Err(Errno::AGAIN));
+    }
+
+    #[test]
+    fn an_eventfd_that_large_numbers_are_added_to_is_never_full() {
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let mut kick = Kick::new(dup(&event).unwrap());
+        for _ in 0..3 {
+            for number in [u64::MAX - 1, 1] {
+                assert_eq!(write(&event, &number.to_ne_bytes()), Ok(8));
+                assert_eq!(kick.consume(), Kicked::Yes);
+            }
         }
     }
 

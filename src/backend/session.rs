@@ -207,6 +207,8 @@ pub struct Session {
     started: Vec<bool>,
     pub(super) waiting: Option<Waiting>,
     stalled: Option<Stalled>,
+    /// Whether any ring has been without a kick descriptor.
+    lacks_kicks: bool,
     /// Queues that were started and should be looked at without waiting for a kick.
     ready: VecDeque<u16>,
     faults: u64,
@@ -245,6 +247,7 @@ impl Session {
             status: 0,
             waiting: None,
             stalled: None,
+            lacks_kicks: false,
             ready: VecDeque::new(),
             faults: faults_seen(),
             translation_timer: None,
@@ -285,8 +288,14 @@ impl Session {
         Ok(Flow::Continue)
     }
 
-    /// Something that the session may wait for has happened, or its timer is due.
+    /// Something that the session may wait for has happened, or its timer is due, or guest memory was taken away under us.
+    /// Cheap if nothing of that is so.
     pub fn resume(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
+        if !self.is_ending()
+            && let Err(error) = self.check_memory()
+        {
+            return self.end(hooks, Some(error));
+        }
         if self.stalled.as_ref().is_some_and(|stalled| stalled.deadline <= Instant::now()) {
             let error = Error::Timeout(format!(
                 "the front-end has read none of our answers for {} seconds",
@@ -344,11 +353,6 @@ impl Session {
         self.on_ready(hooks)
     }
 
-    /// End the session for a reason of ours, after requests in flight are done.
-    pub fn stop(&mut self, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
-        self.end(hooks, None)
-    }
-
     /// Whether the session only waits for requests in flight.
     #[must_use]
     pub fn is_ending(&self) -> bool {
@@ -360,7 +364,7 @@ impl Session {
         self.ready.pop_front()
     }
 
-    /// The kick descriptor of a queue is readable. The queue should be looked at afterwards.
+    /// The kick descriptor of a queue became readable. The queue should be looked at afterwards.
     pub fn on_kick(&mut self, queue: u16, hooks: &mut dyn Hooks) {
         let Some(vring) = self.vrings.get(usize::from(queue)) else { return };
         vring.on_kick(|kick| self.events.forget(kick));
@@ -375,14 +379,17 @@ impl Session {
         self.settle(hooks);
     }
 
-    /// Whether any ring has to be looked at because its front-end gave no kick descriptor.
+    /// The rings that have to be looked at because their front-end gave no kick descriptor.
     #[must_use]
     pub fn polled_queues(&self) -> Vec<u16> {
+        if !self.lacks_kicks {
+            return Vec::new();
+        }
         self.vrings.iter().filter(|vring| vring.needs_polling()).map(|vring| vring.index()).collect()
     }
 
     /// An error if guest memory was taken away under us. Cheap unless something was lost somewhere.
-    pub fn check_memory(&mut self) -> Result<(), Error> {
+    fn check_memory(&mut self) -> Result<(), Error> {
         let faults = faults_seen();
         if faults == self.faults {
             return Ok(());
@@ -408,11 +415,6 @@ impl Session {
                 region.size, region.guest_address
             ))),
         }
-    }
-
-    /// End the session because of `error`, after requests in flight are done.
-    pub fn fail(&mut self, error: Error, hooks: &mut dyn Hooks) -> Result<Flow, Error> {
-        self.end(hooks, Some(error))
     }
 
     /// What SET_FEATURES accepted, if it came.
@@ -566,13 +568,15 @@ impl Session {
             M::SetVringKick(_) => {
                 let events = Arc::clone(&self.events);
                 let mut watched = Ok(());
+                self.lacks_kicks |= files.is_empty();
                 self.vring(queue).set_kick(
                     files.pop(),
                     |old| events.forget(old),
-                    |new| watched = events.watch(new, Token::Queue(queue), Interest::READABLE),
+                    |new| watched = events.watch_edges(new, Token::Queue(queue)),
                 );
                 watched.map_err(|error| refuse(error.to_string()))?;
                 self.ready.push_back(queue);
+                self.look_at_sharers();
             }
             // It is acknowledged first and looked at after that: the front-end waits for us, and not for its requests.
             M::VringKick(_) => {
@@ -923,6 +927,7 @@ impl Session {
             Then::ReplyVringBase { request, queue } => {
                 let events = Arc::clone(&self.events);
                 let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
+                self.look_at_sharers();
                 // The last one: nothing is sent after the answer.
                 self.suspend_channel();
                 let state = VringState { index: u32::from(queue), num: base };
@@ -955,8 +960,8 @@ impl Session {
         }
     }
 
-    /// End the session: now, or when what is in flight is done and published.
-    fn end(&mut self, hooks: &mut dyn Hooks, error: Option<Error>) -> Result<Flow, Error> {
+    /// End the session, because of `error` or because we want to: now, or when what is in flight is done and published.
+    pub fn end(&mut self, hooks: &mut dyn Hooks, error: Option<Error>) -> Result<Flow, Error> {
         if self.is_ending() {
             return Ok(Flow::Continue);
         }
@@ -1016,6 +1021,11 @@ impl Session {
     }
 
     // --- Rings ------------------------------------------------------------------------------------------------------
+
+    /// A kick descriptor was given up, and with it kicks that had not been heard of: another ring may have the same one.
+    fn look_at_sharers(&mut self) {
+        self.ready.extend(self.active_queues());
+    }
 
     /// Start what can be started, and tell the device what became of its queues.
     pub(super) fn settle(&mut self, hooks: &mut dyn Hooks) {

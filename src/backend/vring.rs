@@ -310,6 +310,24 @@ impl Vring {
         taken
     }
 
+    /// Ask the driver to kick, unless there is something to take: then it returns true. Cheaper than to [`take`](Self::take)
+    /// nothing.
+    pub fn rest(&self) -> bool {
+        let mut inner = self.lock();
+        if !inner.may_process() {
+            return false;
+        }
+        let Inner { state, logging, used_log, .. } = &mut *inner;
+        let State::Running { ring, .. } = state else { return false };
+        // What is wrong comes up again when something is taken.
+        let came = on_ring!(ring, ring => has_come(&mut **ring)).unwrap_or(true);
+        let written = on_ring!(ring, ring => ring.kick_suppression());
+        let marked = logging.mark_ring(*used_log, ring, &[written]);
+        drop(inner);
+        marked.tell();
+        came
+    }
+
     /// Take up to `max` chains, one after the other, let `fill` write to each and say how many bytes, and give them back
     /// together. A chain of which it says None stays the driver's, and is the last. `fill` must not wait for anything.
     pub fn fill(&self, max: usize, mut fill: impl FnMut(&Chain) -> Option<u32>) -> Filled {
@@ -448,10 +466,10 @@ impl Vring {
 
     // --- What the session does ------------------------------------------------------------------------------------
 
-    /// The kick descriptor is readable. One that will never be useful again is handed to `retire`.
+    /// The kick descriptor became readable. One that will never be useful again is handed to `retire`.
     pub(super) fn on_kick(&self, retire: impl FnOnce(&Kick)) {
         let mut inner = self.lock();
-        let Some(KickSource::Descriptor(kick)) = &inner.kick else { return };
+        let Some(KickSource::Descriptor(kick)) = &mut inner.kick else { return };
         match kick.consume() {
             Kicked::Yes => {
                 inner.parked = false;
@@ -1080,13 +1098,18 @@ fn show_on(ring: &mut impl Ring, used: &[Used]) -> [Written; 3] {
     pieces
 }
 
+/// Whether there is something to take. If not, the driver was asked to kick.
+fn has_come(ring: &mut impl Ring) -> Result<bool, RingError> {
+    Ok(ring.look()? || ring.enable_kicks()?)
+}
+
 fn take_from(
     ring: &mut impl Ring,
     max: usize,
     chains: &mut Vec<Chain>,
     spare: &mut Vec<Chain>,
 ) -> Result<usize, RingError> {
-    if !ring.look()? && !ring.enable_kicks()? {
+    if !has_come(ring)? {
         return Ok(0);
     }
     ring.disable_kicks();

@@ -71,7 +71,7 @@ pub struct Backend {
 
 #[derive(Debug, Default)]
 struct Inner {
-    session: Option<Session>,
+    session: Option<Box<Session>>,
     events: Vec<Event>,
     /// For each queue.
     workspaces: Vec<Workspace>,
@@ -191,7 +191,7 @@ impl Backend {
             Arc::clone(&self.events),
         )
         .map_err(|error| to_python(py, error))?;
-        inner.session = Some(session);
+        inner.session = Some(Box::new(session));
         self.connected.store(true, Ordering::Release);
         Ok(())
     }
@@ -533,14 +533,14 @@ impl Backend {
         for event in events.drain(..) {
             turn.on_event(event);
         }
-        lock(&self.inner).events = events;
         self.channel.settle();
-        turn.look_at_pending(&polled);
+        let pending = {
+            let mut inner = lock(&self.inner);
+            inner.events = events;
+            std::mem::take(&mut inner.pending)
+        };
+        turn.look_at_pending(pending, &polled);
         turn.with_session(|session, hooks| session.resume(hooks));
-        turn.with_session(|session, hooks| match session.check_memory() {
-            Ok(()) => Ok(Flow::Continue),
-            Err(error) => session.fail(error, hooks),
-        });
         turn.schedule_polling();
         if let Some(error) = turn.fatal {
             return Err(error);
@@ -554,7 +554,9 @@ impl Backend {
     /// The loop was asked to stop: end the session, and then the loop.
     fn wind_up(&self, py: Python<'_>) -> PyResult<bool> {
         let mut turn = Turn { backend: self, py, fatal: None };
-        turn.with_session(|session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.stop(hooks) });
+        turn.with_session(
+            |session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.end(hooks, None) },
+        );
         if let Some(error) = turn.fatal {
             return Err(error);
         }
@@ -673,17 +675,13 @@ impl<'py> Turn<'_, 'py> {
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
         let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
         let begin = Instant::now();
+        let mut handled = false;
         loop {
             match workspace.take(vring) {
                 Taken::Chains(run) => {
                     let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
                     self.survive(result, "making a request");
-                    let mut inner = lock(&self.backend.inner);
-                    inner.polls_in_vain = 0;
-                    // Only a look that finds nothing asks the driver to kick.
-                    if !inner.pending.contains(&queue) {
-                        inner.pending.push(queue);
-                    }
+                    handled = true;
                 }
                 Taken::Nothing | Taken::NotRunning => break,
                 Taken::Broken(error) => {
@@ -698,18 +696,29 @@ impl<'py> Turn<'_, 'py> {
             }
         }
         workspace.notify(vring);
-        lock(&self.backend.inner).workspaces[usize::from(queue)] = workspace;
+        // The driver is asked to kick when nothing is left: by a ring that is being polled, later.
+        let again = handled && (self.backend.polls() || vring.rest());
+        let mut inner = lock(&self.backend.inner);
+        if handled {
+            inner.polls_in_vain = 0;
+        }
+        if again && !inner.pending.contains(&queue) {
+            inner.pending.push(queue);
+        }
+        inner.workspaces[usize::from(queue)] = workspace;
     }
 
     /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
     /// finds nothing asks the driver to kick. It is when `polled`, the queues that have been for long enough.
-    fn look_at_pending(&mut self, polled: &[u16]) {
-        let pending = std::mem::take(&mut lock(&self.backend.inner).pending);
+    fn look_at_pending(&mut self, pending: Vec<u16>, polled: &[u16]) {
+        if pending.is_empty() {
+            return;
+        }
         let is_due = |queue: &u16| {
             !self.backend.polls() || polled.contains(queue) || self.backend.vrings[usize::from(*queue)].available() > 0
         };
         let (now, later): (Vec<_>, Vec<_>) = pending.into_iter().partition(is_due);
-        lock(&self.backend.inner).pending = later;
+        lock(&self.backend.inner).pending.extend(later);
         for queue in now {
             self.process(queue);
         }
@@ -717,17 +726,18 @@ impl<'py> Turn<'_, 'py> {
 
     /// Look again at rings that cannot kick: soon while they are busy, less often when they are not.
     fn schedule_polling(&mut self) {
-        if lock(&self.backend.inner).poll_timer.is_some() || self.polled_queues().is_empty() {
+        let mut inner = lock(&self.backend.inner);
+        let polled = inner.session.as_ref().map(|session| session.polled_queues()).unwrap_or_default();
+        if inner.poll_timer.is_some() || polled.is_empty() {
             return;
         }
-        let mut inner = lock(&self.backend.inner);
         inner.polls_in_vain = inner.polls_in_vain.saturating_add(1);
         let after = if inner.polls_in_vain < POLLS_UNTIL_IDLE { POLL_BUSY } else { POLL_IDLE };
         inner.poll_timer = Some(self.backend.events.add_timer(Instant::now() + after));
     }
 
     fn polled_queues(&self) -> Vec<u16> {
-        lock(&self.backend.inner).session.as_ref().map(Session::polled_queues).unwrap_or_default()
+        lock(&self.backend.inner).session.as_ref().map(|session| session.polled_queues()).unwrap_or_default()
     }
 
     /// Call a method of the runtime.
