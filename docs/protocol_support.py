@@ -22,13 +22,19 @@ class Support:
     driver: str | None = None
 
 
-#: What was in a traced session with a peer, at least: messages, and features that have none. Tests compare it.
+#: What was said in a session with a peer, at least: messages, and features that have none. Where the session is that of
+#: a test of this page, it is traced, and the test compares it.
 _SET_UP = (
     "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES GET_QUEUE_NUM SET_VRING_NUM "
     "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE SET_BACKEND_REQ_FD GET_CONFIG "
     "REPLY_ACK "
 )
 _SLOTS = "SET_VRING_ERR GET_VRING_BASE GET_MAX_MEM_SLOTS ADD_MEM_REG "
+_CRATE = (
+    "SET_MEM_TABLE REM_MEM_REG SET_CONFIG SET_LOG_BASE RESET_DEVICE GET_INFLIGHT_FD SET_INFLIGHT_FD "
+    "SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG GET_SHARED_OBJECT BACKEND_SHARED_OBJECT_ADD "
+    "BACKEND_SHARED_OBJECT_REMOVE BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP "
+)
 SEEN = {
     "QEMU": {*(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS").split()},
     "UML": {*(_SET_UP + "SET_MEM_TABLE").split()},
@@ -36,10 +42,12 @@ SEEN = {
     "QEMU (migration)": {"SET_LOG_BASE"},
     "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
+    "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
     "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
+    "rust-vmm's back-end": {*(_SET_UP + _SLOTS + _CRATE + "GPU_SET_SOCKET").split()},
 }
 
-#: In which tests that is. The last is a back-end, to which the driver side speaks; all others are front-ends.
+#: In which tests that is; `*` stands for several. The last two are back-ends, to which the driver side speaks.
 _TRACED = "test_docs_protocol_support.py::test_"
 PEERS = {
     "QEMU": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
@@ -50,7 +58,9 @@ PEERS = {
     ),
     "QEMU (IOMMU)": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
+    "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
     "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
+    "rust-vmm's back-end": "rust_vmm.rs::our_front_end_*",
 }
 
 SESSION = "test_session.py::test_"
@@ -217,8 +227,8 @@ HEAD = """\
 
 Made by `python docs/protocol_support.py` from the tables of the core; do not edit it. The device side is what
 `vhost_user.Device` serves, the driver side what `vhost_user.Frontend` does; every test is below `tests/`. "No" means
-that it is not offered, and refused. "Seen with" are programs that nobody here wrote: front-ends that say it to a device
-of ours, and qemu-storage-daemon, a back-end to which our front-end says it.
+that it is not offered, and refused. "Seen with" are programs and crates that nobody here wrote: front-ends that say it
+to a device of ours; to qemu-storage-daemon and rust-vmm's back-end, our front-end says it.
 """
 
 
