@@ -84,6 +84,23 @@ def test_what_a_batch_handler_returns_goes_to_the_handler(serve: Serve, connect:
     assert answers(4) == [b"\0", b"1", b"\2", b"1"]
 
 
+def test_more_than_64_requests_are_several_batches(serve: Serve, connect: Connect, memory: Memory) -> None:
+    device = Together()
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=256)
+    # The device takes more at once when it has seen that they are quick.
+    for count in (64, 250):
+        heads = [ring.add_pieces([(memory.allocate(1), 1, 2)]) for _ in range(count)]
+        if count == 64:
+            front.start(ring)
+        else:
+            front.kick(ring)
+        assert [head for head, _ in ring.wait(count)] == heads
+    assert (max(device.batches), sum(device.batches)) == (64, 314)
+
+
 def test_requests_left_to_nobody_have_failed(
     serve: Serve, connect: Connect, memory: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:

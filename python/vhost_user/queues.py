@@ -79,7 +79,7 @@ class Queue:
         return method
 
     def batch_handler(self, method: Handler) -> Handler:
-        """Call `method(self, batch)` with all requests that are available on the queue, up to 256: a :class:`Batch`.
+        """Call `method(self, batch)` with all requests that are available on the queue, up to 64: a :class:`Batch`.
 
         They are completed together when it returns, but for those that were detached. It may return a list of those
         that it leaves to the queue's :meth:`handler`, which then gets them one by one. If it raises, every request that

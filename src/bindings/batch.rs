@@ -19,6 +19,9 @@ use crate::virtqueue::{Chain, Used};
 /// How long requests that are done may wait for others of their batch before the driver sees them.
 pub(super) const PATIENCE: Duration = Duration::from_micros(200);
 
+/// The most requests that are handed over together. What they have is still in the processor's caches when they are done.
+const TOGETHER: usize = 64;
+
 /// Who takes the requests of a queue together, and who takes those one by one that are left then; before them, `blocks()`
 /// may say what is done without them.
 #[pyclass(frozen, module = "vhost_user._core")]
@@ -201,9 +204,34 @@ impl Workspace {
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
         let mut chains = std::mem::take(&mut self.chains);
-        let requests = chains.drain(..).map(|chain| self.request(py, origin, chain));
-        let requests = requests.collect::<PyResult<Vec<_>>>()?;
+        let mut rest = chains.drain(..);
+        let mut notified = Instant::now();
+        while !rest.as_slice().is_empty() {
+            let requests = rest.by_ref().take(TOGETHER).map(|chain| self.request(py, origin, chain));
+            let requests = requests.collect::<PyResult<Vec<_>>>()?;
+            self.handle_part(py, origin, together, handler, requests, failures)?;
+            if notified.elapsed() >= origin.patience {
+                self.publish(origin);
+                notified = Instant::now();
+            } else if origin.patience <= PATIENCE {
+                // A driver that looks for them, and can take one without the other, makes new ones meanwhile.
+                self.show(origin);
+            }
+        }
+        drop(rest);
         self.chains = chains;
+        Ok(())
+    }
+
+    fn handle_part(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        together: &Py<PyAny>,
+        handler: &BatchHandler,
+        requests: Vec<Py<Request>>,
+        failures: &mut dyn Failures,
+    ) -> PyResult<()> {
         let batch = batch_class(py)?.call1((PyList::new(py, &requests)?,))?;
         let outcome = call(py, together, &batch);
         drop(batch);

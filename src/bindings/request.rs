@@ -129,6 +129,7 @@ impl Request {
     }
 
     /// Wait for the state without the interpreter: whoever has it may be waiting for that.
+    #[inline]
     fn lock(&self, py: Python<'_>) -> Reserved<'_, State> {
         self.state.try_reserve().unwrap_or_else(|| py.detach(|| self.state.reserve()))
     }
@@ -154,19 +155,21 @@ impl Request {
     }
 
     /// The state, if the request can still be worked on.
+    #[inline]
     fn open(&self, py: Python<'_>) -> PyResult<Reserved<'_, State>> {
         let state = self.lock(py);
-        if state.phase == Phase::Completed {
-            return Err(self.was_completed(py));
+        if state.is_current(&self.vring) {
+            return Ok(state);
         }
-        if !state.is_current(&self.vring) {
-            let index = self.vring.index();
-            return Err(errors::request_revoked(
-                py,
-                format!("queue {index}: the driver that made the request is gone; drop it"),
-            ));
-        }
-        Ok(state)
+        let is_completed = state.phase == Phase::Completed;
+        drop(state);
+        Err(if is_completed { self.was_completed(py) } else { self.was_revoked(py) })
+    }
+
+    #[cold]
+    fn was_revoked(&self, py: Python<'_>) -> PyErr {
+        let index = self.vring.index();
+        errors::request_revoked(py, format!("queue {index}: the driver that made the request is gone; drop it"))
     }
 
     fn complete_now(&self, py: Python<'_>, state: Reserved<'_, State>) {
