@@ -11,8 +11,8 @@ FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 BENCH_ENVIRONMENT := target/bench-environment
 
 # What builds the extension and the guest's kernel, what tests run in the guest, whose root is this system's, and beside
-# it: qemu-storage-daemon is in either of its two packages, depending on the release.
-PACKAGES := bc binutils bison busybox-static debian-archive-keyring e2fsprogs flex gcc i2c-tools libc6-dev make \
+# it: qemu-storage-daemon is in either of its two packages, depending on the release, and testpmd is in dpdk-dev.
+PACKAGES := bc binutils bison busybox-static debian-archive-keyring dpdk-dev e2fsprogs flex gcc i2c-tools libc6-dev make \
     mount python3-venv qemu-system-common qemu-utils tshark valgrind xz-utils
 
 # In a folder of its own: maturin sets PyO3 up in another way, and each would make the other build everything again.

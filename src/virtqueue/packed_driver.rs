@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use super::chain::Used;
 use super::driver::{Driver, Element, Indirect, writable, write_table};
 use super::packed::{AVAIL, EVENTS_AT_DESCRIPTOR, EVENTS_DISABLE, EVENTS_ENABLE, FRESH, Position, USED, wants_event};
-use super::ring::{Descriptor, NEXT, Parts, RingAddresses, RingOptions};
+use super::ring::{Descriptor, NEXT, Parts, RingAddresses, RingOptions, WRITE};
 use crate::error::RingError;
 use crate::memory::Snapshot;
 
@@ -229,7 +229,12 @@ impl PackedDriver {
         else {
             return Err(RingError::UsedNotSubmitted { head });
         };
-        if u64::from(written) > buffer.writable {
+        // Of a chain that nothing was written to, the length means nothing: DPDK leaves the driver's there. Others write a
+        // length and forget the flag. Virtio 1.3, section 2.8.5.
+        let is_written = u16::from_le(self.flags(self.used.slot).load(Ordering::Relaxed)) & WRITE != 0;
+        let too_long = u64::from(written) > buffer.writable;
+        let written = if too_long && !is_written { 0 } else { written };
+        if too_long && is_written {
             return Err(RingError::UsedTooLong { head: id, written, writable: buffer.writable });
         }
         let last = Used { head: id, written };

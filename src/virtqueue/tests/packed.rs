@@ -20,7 +20,7 @@ impl Rig {
 
     /// Let the device say that the buffer `id` is used, whether it has it or not.
     fn pretend_used(&self, slot: u16, id: u16, written: u32) {
-        self.describe_packed(DESCRIPTORS, slot, 0, written, id, AVAILABLE | USED_BIT);
+        self.describe_packed(DESCRIPTORS, slot, 0, written, id, AVAILABLE | USED_BIT | WRITE);
     }
 }
 
@@ -288,6 +288,14 @@ fn the_driver_of_a_packed_ring_refuses_what_it_did_not_submit() {
         rig.pretend_used(2, id, 8);
         assert_eq!(rig.driver.pop(), Err(RingError::UsedNotSubmitted { head: id.into() }), "a second time");
     }
+}
+
+#[test]
+fn the_length_of_a_chain_that_was_not_written_to_means_nothing() {
+    let mut rig = Rig::new(8, 0, PACKED);
+    let id = rig.submit(&[writable(DATA, 4)], None);
+    rig.describe_packed(DESCRIPTORS, 0, 0, 9, id, AVAILABLE | USED_BIT);
+    assert_eq!(rig.driver.pop(), Ok(Some(Used { head: id, written: 0 })));
 }
 
 #[test]
