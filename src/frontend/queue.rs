@@ -107,6 +107,8 @@ struct State {
     broken: Option<RingError>,
     /// A thread waits for the device; the others wait for that thread.
     waiting: bool,
+    /// How many those others are. To notify nobody is a system call, too.
+    others: usize,
 }
 
 #[derive(Debug, Default)]
@@ -186,6 +188,7 @@ impl Queue {
                 done: VecDeque::new(),
                 broken: None,
                 waiting: false,
+                others: 0,
             }),
             looked: Condvar::new(),
         })
@@ -524,7 +527,10 @@ impl Queue {
             if left.is_zero() {
                 return Err(self.late());
             }
-            return Ok(self.looked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0);
+            state.others += 1;
+            let mut state = self.looked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.others -= 1;
+            return Ok(state);
         }
         if self.on_ring(&mut state, |ring| ring.enable_calls(1))? {
             return Ok(state);
@@ -535,7 +541,9 @@ impl Queue {
         let mut state = lock(&self.state);
         state.waiting = false;
         state.ring.disable_calls();
-        self.looked.notify_all();
+        if state.others > 0 {
+            self.looked.notify_all();
+        }
         match outcome {
             Ok([_, broken]) => {
                 // Either may not have been the one that was signalled.
