@@ -36,18 +36,21 @@ fn split(criterion: &mut Criterion) {
         );
         let mut ring = ring.expect("a ring that is in memory");
         let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
+        let mut used = Vec::new();
         measure(criterion, &format!("split/{descriptors} descriptors/{regions} regions"), || {
             rig.submit();
             assert_eq!(ring.available(), Ok(BATCH));
-            for chain in &mut chains {
-                assert!(ring.pop(chain).expect("a good chain"));
-            }
-            for chain in &chains {
-                ring.push_used(Used { head: chain.head(), written: chain.writable() as u32 });
-            }
+            assert_eq!(ring.take(&mut chains), Ok(BATCH.into()));
+            give_back(&mut ring, &chains, &mut used);
             black_box(ring.publish());
         });
     }
+}
+
+fn give_back(ring: &mut impl Ring, chains: &[Chain], used: &mut Vec<Used>) {
+    used.clear();
+    used.extend(chains.iter().map(|chain| Used { head: chain.head(), written: chain.writable() as u32 }));
+    ring.fill_used(used);
 }
 
 /// Both formats with a driver that fills the ring again, which is not counted: in a packed ring it has to.
@@ -72,6 +75,7 @@ fn refill<R: Ring, D: Driver>(criterion: &mut Criterion, name: &str, descriptors
     let ring = R::new(Rig::addresses(), SIZE, driver.base(), options, limits, Arc::clone(&rig.memory));
     let mut ring = ring.expect("a ring that is in memory");
     let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::default()).collect();
+    let mut used = Vec::new();
     let mut group = criterion.benchmark_group("ring");
     group.throughput(Throughput::Elements(BATCH.into()));
     group.bench_function(format!("{name}/{descriptors} descriptors/1 regions"), |bencher| {
@@ -84,12 +88,8 @@ fn refill<R: Ring, D: Driver>(criterion: &mut Criterion, name: &str, descriptors
                 black_box(driver.publish());
                 let begin = Instant::now();
                 assert!(ring.look().expect("a good ring"));
-                for chain in &mut chains {
-                    assert!(ring.pop(chain).expect("a good chain"));
-                }
-                for chain in &chains {
-                    ring.push_used(Used { head: chain.head(), written: chain.writable() as u32 });
-                }
+                assert_eq!(ring.take(&mut chains), Ok(BATCH.into()));
+                give_back(&mut ring, &chains, &mut used);
                 black_box(ring.publish());
                 elapsed += begin.elapsed();
                 for _ in 0..BATCH {

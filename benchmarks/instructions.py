@@ -32,13 +32,14 @@ FEW, MANY = 4, 20
 BATCH = 256
 
 
-def ring(descriptors: int) -> float:
+def ring(form: str, descriptors: int) -> float:
     """Of a chain: taken, checked and given back."""
     programs = [path for path in (TARGET / "release" / "deps").glob("instructions-*") if not path.suffix]
     if not programs:
         sys.exit("benchmarks/instructions.py: build it first: cargo bench --no-run --bench instructions")
-    program = max(programs, key=lambda path: path.stat().st_mtime)
-    few, many = (_count([str(program), str(batches), str(descriptors)]) for batches in (FEW, MANY))
+    program = str(max(programs, key=lambda path: path.stat().st_mtime))
+    serve = "--toggle-collect=instructions::serve*"
+    few, many = (_count([program, form, str(batches), str(descriptors)], serve) for batches in (FEW, MANY))
     return (many - few) / ((MANY - FEW) * BATCH)
 
 
@@ -49,8 +50,8 @@ def request(kind: str) -> float:
     return (many - few) / ((MANY - FEW) * BATCH)
 
 
-def _count(program: list[str]) -> int:
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *program]
+def _count(program: list[str], *options: str) -> int:
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *options, *program]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
     found = re.search(r"Collected : (\d+)", done.stderr)
@@ -60,8 +61,10 @@ def _count(program: list[str]) -> int:
 
 
 COUNTS: dict[str, Callable[[], float]] = {
-    "ring, 1 descriptor": lambda: ring(1),
-    "ring, 3 descriptors": lambda: ring(3),
+    "split ring, 1 descriptor": lambda: ring("split", 1),
+    "split ring, 3 descriptors": lambda: ring("split", 3),
+    "packed ring, 1 descriptor": lambda: ring("packed", 1),
+    "packed ring, 3 descriptors": lambda: ring("packed", 3),
     "empty request": lambda: request("empty"),
     "header and status": lambda: request("header"),
     "header and status, by batch": lambda: request("headers"),
@@ -88,6 +91,8 @@ def main() -> None:
         print(json.dumps(counts, indent=1))
         sys.exit(f"{RECORD} is missing: write it with --record")
     recorded = json.loads(RECORD.read_text())
+    if missing := counts.keys() - recorded["instructions"].keys():
+        sys.exit(f"{RECORD} has no {', '.join(sorted(missing))}: write them with --record")
     other = {key: value for key, value in recorded["toolchain"].items() if here[key] != value}
     if other:
         print(f"recorded with {other}, not with what is here ({here}): shown, not judged")

@@ -1090,9 +1090,7 @@ struct Published {
 
 /// Show `used` to the driver. Returns what was written to.
 fn show_on(ring: &mut impl Ring, used: &[Used]) -> [Written; 3] {
-    for entry in used {
-        ring.push_used(*entry);
-    }
+    ring.fill_used(used);
     let pieces = ring.unpublished();
     ring.show();
     pieces
@@ -1113,20 +1111,23 @@ fn take_from(
         return Ok(0);
     }
     ring.disable_kicks();
-    for taken in 0..max {
-        let mut chain = spare.pop().unwrap_or_default();
-        match ring.pop(&mut chain) {
-            Ok(true) => chains.push(chain),
-            Ok(false) => {
-                spare.push(chain);
-                return Ok(taken);
-            }
-            // What came before the broken chain is good: it is worked on first, and the error comes up again.
-            Err(_) if taken > 0 => return Ok(taken),
-            Err(error) => return Err(error),
+    let mut taken = 0;
+    while taken < max {
+        let room = ring.room(taken).min(max - taken);
+        let start = chains.len();
+        chains.extend((0..room).map(|_| spare.pop().unwrap_or_default()));
+        let found = ring.take(&mut chains[start..]);
+        let count = found.as_ref().map_or(0, |count| *count);
+        spare.extend(chains.drain(start + count..));
+        taken += count;
+        match found {
+            Ok(count) if count == room && room > 0 => {}
+            // What came before a broken chain is good: it is worked on first, and the error comes up again.
+            Err(error) if taken == 0 => return Err(error),
+            _ => break,
         }
     }
-    Ok(max)
+    Ok(taken)
 }
 
 /// Take up to `max` chains into `scratch`, one after the other. What `fill` says of each is filled in, but not published.

@@ -127,7 +127,7 @@ impl Memory {
             unsafe { access::read(segment.pointer.as_ptr(), &mut to[done..done + segment.length]) };
             done += segment.length;
         };
-        let translated = self.snapshot.translate(address, length as u64, &mut 0, copy);
+        let translated = self.snapshot.pieces(address, length as u64, copy);
         translated.map_err(|_| self.outside(address, length))
     }
 
@@ -139,7 +139,7 @@ impl Memory {
             unsafe { access::write(segment.pointer.as_ptr(), &from[done..done + segment.length]) };
             done += segment.length;
         };
-        let translated = self.snapshot.translate(address, from.len() as u64, &mut 0, copy);
+        let translated = self.snapshot.pieces(address, from.len() as u64, copy);
         translated.map_err(|_| self.outside(address, from.len()))
     }
 

@@ -179,30 +179,23 @@ impl Snapshot {
         self.regions.iter().find(|region| region.is_lost()).map(|region| region.description())
     }
 
+    /// Where `address..address + length` is, if that can be told at once: it has bytes, they are in one region, and there
+    /// is no IOMMU.
+    #[inline]
+    #[must_use]
+    pub fn direct_piece(&self, address: u64, length: u64) -> Option<Segment> {
+        self.directory.piece(address, length).filter(|_| self.iotlb.is_none())
+    }
+
     /// Call `segment` for each contiguous piece of `address..address + length`, in order. An empty range is nowhere and
     /// is always good.
     #[inline]
     pub fn pieces(&self, address: u64, length: u64, mut segment: impl FnMut(Segment)) -> Result<(), OutsideMemory> {
-        if let Some(piece) = self.directory.piece_of(address, length)
-            && piece.length as u64 == length
-            && length > 0
-        {
+        if let Some(piece) = self.directory.piece(address, length) {
             segment(piece);
             return Ok(());
         }
         self.pieces_slowly(address, length, &mut segment)
-    }
-
-    /// The same.
-    #[inline]
-    pub fn translate(
-        &self,
-        address: u64,
-        length: u64,
-        _hint: &mut usize,
-        segment: impl FnMut(Segment),
-    ) -> Result<(), OutsideMemory> {
-        self.pieces(address, length, segment)
     }
 
     #[inline(never)]
@@ -380,8 +373,18 @@ impl Span {
         self.start + self.size
     }
 
-    /// The part of `address..address + length` that the region holds, if it holds the first byte.
+    /// All of `address..address + length`, if there are bytes and the region holds them.
     #[inline]
+    fn piece(&self, address: u64, length: u64) -> Option<Segment> {
+        let offset = address.wrapping_sub(self.start);
+        if offset >= self.size || length > self.size - offset || length == 0 {
+            return None;
+        }
+        // SAFETY: `offset < size` was checked just above, and the snapshot keeps all bytes of the region mapped.
+        Some(Segment { pointer: unsafe { self.host.add(offset as usize) }, length: length as usize })
+    }
+
+    /// The part of `address..address + length` that the region holds, if it holds the first byte.
     fn piece_of(&self, address: u64, length: u64) -> Option<Segment> {
         let offset = address.wrapping_sub(self.start);
         if offset >= self.size {
@@ -435,11 +438,12 @@ impl Directory {
         Self { start, shift, granules, spans }
     }
 
+    /// All of `address..address + length`, if it is found to be in one region.
     #[inline]
-    fn piece_of(&self, address: u64, length: u64) -> Option<Segment> {
+    fn piece(&self, address: u64, length: u64) -> Option<Segment> {
         let granule = address.wrapping_sub(self.start) >> self.shift;
         let at = self.granules.get(usize::try_from(granule).ok()?)?;
-        self.spans.get(usize::from(*at))?.piece_of(address, length)
+        self.spans.get(usize::from(*at))?.piece(address, length)
     }
 }
 

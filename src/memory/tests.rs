@@ -24,7 +24,7 @@ fn refusal(regions: &[protocol::Region], file_size: u64) -> String {
 
 fn segments(snapshot: &Snapshot, address: u64, length: u64) -> Result<Vec<usize>, OutsideMemory> {
     let mut lengths = Vec::new();
-    snapshot.translate(address, length, &mut 0, |segment| lengths.push(segment.length))?;
+    snapshot.pieces(address, length, |segment| lengths.push(segment.length))?;
     Ok(lengths)
 }
 
@@ -33,7 +33,7 @@ fn what_is_written_through_a_region_is_in_its_file_at_its_offset() {
     let file = file(0x4000);
     let snapshot = Snapshot::from_table(&[region(0x10_0000, 0x1234, 0x1abc)], std::slice::from_ref(&file)).unwrap();
     snapshot
-        .translate(0x10_0010, 5, &mut 0, |segment| {
+        .pieces(0x10_0010, 5, |segment| {
             // SAFETY: the segment is valid as long as the snapshot, which outlives this closure.
             unsafe { access::write(segment.pointer.as_ptr(), b"hello") }
         })
@@ -120,7 +120,7 @@ fn a_file_that_shrinks_under_its_mapping_marks_the_region_and_spares_the_process
     ftruncate(&file, 0x1000).unwrap();
     let mut bytes = [1; 100];
     snapshot
-        .translate(0x3000, 100, &mut 0, |segment| {
+        .pieces(0x3000, 100, |segment| {
             // SAFETY: the segment is valid as long as the snapshot, which outlives this closure.
             unsafe { access::read(segment.pointer.as_ptr(), &mut bytes) }
         })

@@ -1,23 +1,37 @@
 //! A descriptor chain, translated: the readable pieces of guest memory, then the writable ones.
 
+use std::ptr::NonNull;
+
 use crate::memory::{Access, IovaRange, Segment, Snapshot, Untranslated, access, for_range};
+
+/// Segments that a chain has room for without an allocation: a header, data and a status. With them it fills little more
+/// than a cache line, and a batch of chains stays in the fastest cache.
+const FEW: usize = 3;
 
 /// One buffer that the driver made available. It is filled by a ring and may be reused for the next one.
 ///
 /// The segments are valid as long as the memory snapshot of the ring that filled it; whoever keeps a chain keeps that.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Chain {
     head: u16,
+    resubmitted: bool,
+    /// How many segments there are, and how many of them the device may read; the rest it may write.
+    count: u32,
+    readable_segments: u32,
+    /// Bytes: a limit that is checked keeps them below 4 GiB.
+    readable: u32,
+    writable: u32,
+    few: [Segment; FEW],
+    more: Option<Box<More>>,
+}
+
+/// What most chains do not have.
+#[derive(Debug, Default)]
+struct More {
+    /// All segments, if they are more than `few` has room for.
     segments: Vec<Segment>,
-    /// How many of the segments the device may read; the rest it may write.
-    readable_segments: usize,
-    readable: u64,
-    writable: u64,
-    /// Whether a writable descriptor was seen, be it an empty one.
-    writing: bool,
     /// With an IOMMU, the I/O addresses that the segments come from.
     mapped: Vec<IovaRange>,
-    resubmitted: bool,
 }
 
 /// What goes back to the driver: the chain that is done, and how many bytes were written to it.
@@ -37,29 +51,37 @@ impl Chain {
     /// Bytes that the driver wrote for the device.
     #[must_use]
     pub fn readable(&self) -> u64 {
-        self.readable
+        self.readable.into()
     }
 
     /// Bytes that the device may write for the driver.
     #[must_use]
     pub fn writable(&self) -> u64 {
-        self.writable
+        self.writable.into()
     }
 
     #[must_use]
     pub fn readable_segments(&self) -> &[Segment] {
-        &self.segments[..self.readable_segments]
+        &self.segments()[..self.readable_segments as usize]
     }
 
     #[must_use]
     pub fn writable_segments(&self) -> &[Segment] {
-        &self.segments[self.readable_segments..]
+        &self.segments()[self.readable_segments as usize..]
+    }
+
+    fn segments(&self) -> &[Segment] {
+        match (self.few.get(..self.count as usize), &self.more) {
+            (Some(few), _) => few,
+            (None, Some(more)) => &more.segments,
+            (None, None) => &[],
+        }
     }
 
     /// The I/O addresses that the segments come from. None without an IOMMU.
     #[must_use]
     pub fn mapped(&self) -> &[IovaRange] {
-        &self.mapped
+        self.more.as_ref().map_or(&[], |more| &more.mapped)
     }
 
     /// Copy from the readable part, starting at byte `offset` of it. Returns how many bytes there were.
@@ -100,59 +122,128 @@ impl Chain {
         self.resubmitted = true;
     }
 
-    pub(super) fn start(&mut self, head: u16) {
-        self.head = head;
-        self.segments.clear();
-        self.readable_segments = 0;
-        self.readable = 0;
-        self.writable = 0;
-        self.writing = false;
-        self.mapped.clear();
-        self.resubmitted = false;
-    }
-
     /// The index by which the driver knows the chain, where that is the last that is known.
     pub(super) fn set_head(&mut self, head: u16) {
         self.head = head;
     }
 
+    #[inline]
+    fn push(&mut self, segment: Segment) {
+        match self.few.get_mut(self.count as usize) {
+            Some(slot) => *slot = segment,
+            None => self.push_more(segment),
+        }
+        self.count += 1;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_more(&mut self, segment: Segment) {
+        let segments = &mut self.more.get_or_insert_default().segments;
+        if segments.is_empty() {
+            segments.extend(self.few);
+        }
+        segments.push(segment);
+    }
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        let nowhere = Segment { pointer: NonNull::dangling(), length: 0 };
+        Self {
+            head: 0,
+            resubmitted: false,
+            count: 0,
+            readable_segments: 0,
+            readable: 0,
+            writable: 0,
+            few: [nowhere; FEW],
+            more: None,
+        }
+    }
+}
+
+/// A chain that is being put together. What changes with every descriptor is here, in registers.
+pub(super) struct Draft<'a> {
+    chain: &'a mut Chain,
+    bytes: u64,
+    /// Whether a writable descriptor was seen, be it an empty one.
+    writing: bool,
+}
+
+impl<'a> Draft<'a> {
+    #[inline(always)]
+    pub(super) fn new(chain: &'a mut Chain, head: u16) -> Self {
+        chain.head = head;
+        chain.resubmitted = false;
+        (chain.count, chain.readable_segments) = (0, 0);
+        (chain.readable, chain.writable) = (0, 0);
+        if let Some(more) = &mut chain.more {
+            more.segments.clear();
+            more.mapped.clear();
+        }
+        Self { chain, bytes: 0, writing: false }
+    }
+
+    pub(super) fn head(&self) -> u16 {
+        self.chain.head
+    }
+
+    /// Bytes, readable and writable together.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
+    #[inline(always)]
     pub(super) fn may_go_on(&mut self, writable: bool) -> bool {
-        self.writing |= writable;
+        if writable && !self.writing {
+            self.end_readable();
+            self.writing = true;
+        }
         writable == self.writing
     }
 
     /// Append the buffer of a descriptor: `length` bytes at the driver's `address`.
-    #[inline]
-    pub(super) fn push_buffer(
-        &mut self,
-        snapshot: &Snapshot,
-        address: u64,
-        length: u32,
-        writable: bool,
-    ) -> Result<(), Untranslated> {
-        if snapshot.iotlb().is_none() {
-            return Ok(snapshot.pieces(address, length.into(), |segment| self.push_segment(segment, writable))?);
+    #[inline(always)]
+    pub(super) fn push_buffer(&mut self, snapshot: &Snapshot, address: u64, length: u32) -> Result<(), Untranslated> {
+        match snapshot.direct_piece(address, length.into()) {
+            Some(segment) => self.chain.push(segment),
+            None => push_indirectly(self.chain, snapshot, address, length, self.writing)?,
         }
-        self.push_mapped(snapshot, address, length, writable)
-    }
-
-    #[inline(never)]
-    fn push_mapped(&mut self, snapshot: &Snapshot, iova: u64, length: u32, writable: bool) -> Result<(), Untranslated> {
-        let access = Access::to_descriptor(writable);
-        snapshot.resolve(iova, length.into(), access, |segment| self.push_segment(segment, writable))?;
-        self.mapped.extend(IovaRange::new(iova, length.into()));
+        self.bytes += u64::from(length);
         Ok(())
     }
 
-    #[inline]
-    fn push_segment(&mut self, segment: Segment, writable: bool) {
-        self.segments.push(segment);
-        if writable {
-            self.writable += segment.length as u64;
-        } else {
-            self.readable_segments += 1;
-            self.readable += segment.length as u64;
+    /// The chain has no more descriptors, and was found to be no longer than the limit.
+    #[inline(always)]
+    pub(super) fn finish(mut self) {
+        if !self.writing {
+            self.end_readable();
         }
+        self.chain.writable = self.bytes as u32 - self.chain.readable;
     }
+
+    #[inline(always)]
+    fn end_readable(&mut self) {
+        self.chain.readable = self.bytes as u32;
+        self.chain.readable_segments = self.chain.count;
+    }
+}
+
+/// Append a buffer that is empty, in several regions, behind an IOMMU, or nowhere.
+#[cold]
+#[inline(never)]
+fn push_indirectly(
+    chain: &mut Chain,
+    snapshot: &Snapshot,
+    address: u64,
+    length: u32,
+    writable: bool,
+) -> Result<(), Untranslated> {
+    snapshot.resolve(address, length.into(), Access::to_descriptor(writable), |segment| chain.push(segment))?;
+    if snapshot.iotlb().is_some() {
+        chain.more.get_or_insert_default().mapped.extend(IovaRange::new(address, length.into()));
+    }
+    Ok(())
 }

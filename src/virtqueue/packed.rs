@@ -7,15 +7,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
-use super::chain::{Chain, Used};
+use super::chain::{Chain, Draft, Used};
 use super::crash;
 use super::inflight::{Copied, InflightSlot, PackedRecord, Recovered};
 use super::order::Order;
 use super::ring::{
-    Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, WRITE, Written,
+    Common, Descriptor, INDIRECT, NEXT, NO_CHAIN, Ring, RingAddresses, RingLimits, RingOptions, WRITE, Written,
     needs_event,
 };
-use super::walk::{Walk, words};
+use super::walk::{Walk, chain_too_long, words};
 use crate::error::RingError;
 use crate::memory::Snapshot;
 
@@ -117,11 +117,7 @@ impl Descriptor {
 /// A running packed ring.
 #[derive(Debug)]
 pub struct PackedRing {
-    parts: Parts,
-    size: u16,
-    options: RingOptions,
-    addresses: RingAddresses,
-    walk: Walk,
+    common: Common,
 
     /// The descriptor to take next, and the one to use next.
     avail: Position,
@@ -131,8 +127,8 @@ pub struct PackedRing {
     /// How many descriptors the chain in flight with each buffer id has; 0 where there is none.
     chains: Box<[u16]>,
     in_flight: u16,
-    /// The id of the chain that was taken last, while it may still be put back.
-    last_taken: Option<u16>,
+    /// The id of the chain that was taken last, while it may still be put back, or `NO_CHAIN`.
+    last_taken: u32,
     order: Option<Order>,
 
     /// The first used descriptor that the driver cannot see yet, and the flags that will show it and those behind it.
@@ -159,7 +155,7 @@ struct Recorded {
     copied: Vec<Copied>,
 }
 
-// SAFETY: the pointers are into shared memory that `walk.snapshot` keeps mapped, and the ring is used by one thread at a
+// SAFETY: the pointers are into shared memory that `common.walk.snapshot` keeps mapped, and the ring is used by one thread at a
 // time: every method that touches them takes `&mut self`.
 unsafe impl Send for PackedRing {}
 
@@ -175,19 +171,14 @@ impl Ring for PackedRing {
         if size == 0 || size > super::MAX_QUEUE_SIZE {
             return Err(RingError::ImpossibleSize { size });
         }
-        let parts = Parts::resolve(addresses, size, &snapshot, options)?;
         let mut ring = Self {
-            parts,
-            size,
-            options,
-            addresses,
-            walk: Walk::new(snapshot, options.indirect, limits),
+            common: Common::new(addresses, size, options, limits, snapshot)?,
             avail: Position::from_bits(FRESH as u16),
             used: Position::from_bits(FRESH as u16),
             taken: 0,
             chains: vec![0; size.into()].into(),
             in_flight: 0,
-            last_taken: None,
+            last_taken: NO_CHAIN,
             order: options.in_order.then(Order::default),
             hidden: None,
             undecided: None,
@@ -202,11 +193,11 @@ impl Ring for PackedRing {
 
     fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
         let (record, Recovered { used, avail, resubmit }) =
-            PackedRecord::open(slot, self.size, self.used, |at| self.is_available(at))?;
+            PackedRecord::open(slot, self.common.size, self.used, |at| self.is_available(at))?;
         (self.used, self.avail) = (used, avail);
-        self.taken = avail.ahead_of(used, self.size).unwrap_or(0);
+        self.taken = avail.ahead_of(used, self.common.size).unwrap_or(0);
         self.hide_unpublished();
-        let entries = vec![0; self.size.into()].into();
+        let entries = vec![0; self.common.size.into()].into();
         let resubmit = resubmit.into();
         self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false, entries, copied: Vec::new() }));
         Ok(self)
@@ -216,31 +207,12 @@ impl Ring for PackedRing {
         self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
     }
 
-    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
-        Parts::resolve(self.addresses, self.size, snapshot, self.options).map(RingPointers)
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>) {
-        self.parts = pointers.0;
-        self.walk.snapshot = snapshot;
-    }
-
-    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
-        self.parts = Parts::resolve(addresses, self.size, &self.walk.snapshot, self.options)?;
-        self.addresses = addresses;
-        Ok(())
-    }
-
-    fn snapshot(&self) -> &Arc<Snapshot> {
-        &self.walk.snapshot
-    }
-
-    fn size(&self) -> u16 {
-        self.size
-    }
-
-    fn descriptors(&self) -> Option<u64> {
-        self.walk.snapshot.guest_address(self.parts.descriptors.cast())
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
     fn base(&self) -> u32 {
@@ -256,47 +228,58 @@ impl Ring for PackedRing {
     }
 
     fn available(&mut self) -> Result<u16, RingError> {
-        let (mut at, mut left, mut count) = (self.avail, self.size - self.taken, self.resubmitting());
+        let (mut at, mut left, mut count) = (self.avail, self.common.size - self.taken, self.resubmitting());
         while left > 0 && self.is_available(at) {
             count += 1;
             let mut goes_on = true;
             // A chain that does not fit is an error when it is taken.
             while goes_on && left > 0 {
                 goes_on = self.flags(at.slot).load(Ordering::Relaxed) & NEXT.to_le() != 0;
-                at = at.plus(1, self.size);
+                at = at.plus(1, self.common.size);
                 left -= 1;
             }
         }
         Ok(count)
     }
 
-    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if let Some(recorded) = &self.record
-            && let Some(first) = recorded.resubmit.front().copied()
-        {
-            return self.pop_again(first, chain).map(|()| true);
+    /// What is there is found out by taking it: twice as much each time.
+    fn room(&self, before: usize) -> usize {
+        before.max(1)
+    }
+
+    fn take(&mut self, chains: &mut [Chain]) -> Result<usize, RingError> {
+        let again = if self.resubmitting() > 0 { self.take_again(chains)? } else { 0 };
+        let (mut count, mut at, mut free) = (again, self.avail, self.common.size - self.taken);
+        for chain in &mut chains[again..] {
+            if !self.is_available(at) {
+                break;
+            }
+            let (id, descriptors) = match self.follow(at, free, chain) {
+                Ok(found) => found,
+                Err(error) if count == 0 => return Err(*error),
+                Err(_) => break,
+            };
+            chain.set_head(id);
+            self.chains[usize::from(id)] = descriptors;
+            self.last_taken = id.into();
+            if let Some(order) = &mut self.order {
+                order.taken(id);
+            }
+            at = at.plus(descriptors, self.common.size);
+            free -= descriptors;
+            count += 1;
         }
-        if !self.is_available(self.avail) {
-            return Ok(false);
-        }
-        chain.start(self.avail.slot);
-        let (id, descriptors) = self.follow(chain)?;
-        self.check_id(self.avail.slot, id)?;
-        if let Some(recorded) = &mut self.record {
-            recorded.entries[usize::from(id)] = recorded.record.taken(&recorded.copied)?;
-            recorded.last_was_one = false;
-        }
-        chain.set_head(id);
-        self.avail = self.avail.plus(descriptors, self.size);
-        self.taken += descriptors;
-        self.count_taken(id, descriptors);
-        Ok(true)
+        self.avail = at;
+        self.taken = self.common.size - free;
+        self.in_flight += (count - again) as u16;
+        Ok(count)
     }
 
     fn unpop(&mut self, head: u16) -> bool {
-        if self.last_taken.take_if(|last| *last == head).is_none() {
+        if self.last_taken != u32::from(head) {
             return false;
         }
+        self.last_taken = NO_CHAIN;
         let descriptors = std::mem::take(&mut self.chains[usize::from(head)]);
         self.in_flight -= 1;
         if let Some(order) = &mut self.order {
@@ -310,20 +293,27 @@ impl Ring for PackedRing {
             }
             recorded.record.put_back(first);
         }
-        self.avail = self.avail.minus(descriptors, self.size);
+        self.avail = self.avail.minus(descriptors, self.common.size);
         self.taken -= descriptors;
         true
     }
 
-    fn push_used(&mut self, used: Used) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.last_taken.take_if(|last| *last == used.head);
-        match self.order.take() {
-            None => self.fill_used(used),
-            Some(mut order) => {
-                order.done(used, |used| self.fill_used(used));
-                self.order = Some(order);
+    fn fill_used(&mut self, used: &[Used]) {
+        self.in_flight = self.in_flight.saturating_sub(u16::try_from(used.len()).unwrap_or(u16::MAX));
+        let (mut end, mut slots) = (self.used, 0);
+        for used in used {
+            if self.last_taken == u32::from(used.head) {
+                self.last_taken = NO_CHAIN;
             }
+            let descriptors =
+                if self.order.is_none() { self.write_used(end, *used) } else { self.write_in_order(end, *used) };
+            end = end.plus(descriptors, self.common.size);
+            slots += descriptors;
+        }
+        self.used = end;
+        self.taken -= slots;
+        if let Some(undecided) = &mut self.undecided {
+            *undecided = undecided.saturating_add(slots);
         }
     }
 
@@ -348,10 +338,10 @@ impl Ring for PackedRing {
         fence(Ordering::SeqCst);
         let suppression = u32::from_le(self.driver_events().load(Ordering::Relaxed));
         // Who went once round the ring has passed whatever the driver waits for.
-        let Some(slots) = self.undecided.replace(0).filter(|slots| *slots < self.size) else {
+        let Some(slots) = self.undecided.replace(0).filter(|slots| *slots < self.common.size) else {
             return Some((suppression >> 16) as u16 & 3 != EVENTS_DISABLE);
         };
-        Some(wants_event(suppression, self.used, slots, self.size, self.options.event_idx))
+        Some(wants_event(suppression, self.used, slots, self.common.size, self.common.options.event_idx))
     }
 
     fn unpublished(&self) -> [Written; 3] {
@@ -361,7 +351,7 @@ impl Ring for PackedRing {
         if first < self.used.slot {
             [slots(first, self.used.slot), nothing, nothing]
         } else {
-            [slots(first, self.size), slots(0, self.used.slot), nothing]
+            [slots(first, self.common.size), slots(0, self.used.slot), nothing]
         }
     }
 
@@ -371,13 +361,13 @@ impl Ring for PackedRing {
 
     fn disable_kicks(&mut self) {
         // With EVENT_IDX the event of the past does that by itself.
-        if !self.options.event_idx {
+        if !self.common.options.event_idx {
             self.set_device_events(EVENTS_DISABLE);
         }
     }
 
     fn enable_kicks(&mut self) -> Result<bool, RingError> {
-        self.set_device_events(if self.options.event_idx { EVENTS_AT_DESCRIPTOR } else { EVENTS_ENABLE });
+        self.set_device_events(if self.common.options.event_idx { EVENTS_AT_DESCRIPTOR } else { EVENTS_ENABLE });
         // Either the driver sees the request, or we see its descriptor.
         fence(Ordering::SeqCst);
         self.look()
@@ -400,7 +390,7 @@ impl PackedRing {
     /// Whether the ring was gone around before. In the first round no descriptor has the bit that says used, until a
     /// device sets it; in a ring where both wrap counters are 0 some have.
     fn was_ever_used(&self) -> bool {
-        (0..self.size).any(|slot| u16::from_le(self.flags(slot).load(Ordering::Relaxed)) & USED != 0)
+        (0..self.common.size).any(|slot| u16::from_le(self.flags(slot).load(Ordering::Relaxed)) & USED != 0)
     }
 
     fn is_available(&self, at: Position) -> bool {
@@ -415,155 +405,227 @@ impl PackedRing {
                 self.flags(at.slot).store(at.available().to_le(), Ordering::Relaxed);
                 crash::point();
             }
-            at = at.plus(1, self.size);
+            at = at.plus(1, self.common.size);
         }
     }
 
-    /// Take a chain that the record holds. Its place in the ring is behind us, and may be another's by now.
+    #[inline(never)]
+    fn note_descriptor(&mut self, address: u64, length: u32, flags: u16, id: u16) {
+        if let Some(recorded) = &mut self.record {
+            recorded.copied.push(Copied { address, length, id, flags });
+        }
+    }
+
+    #[inline(never)]
+    fn note_used(&mut self, id: u16) {
+        if let Some(recorded) = &mut self.record {
+            recorded.record.completed(recorded.entries[usize::from(id)]);
+        }
+    }
+
+    /// Say in the record that a chain was taken whose descriptors were copied.
+    #[inline(never)]
+    fn note_taken(&mut self, id: u16) -> Result<(), Box<RingError>> {
+        if let Some(recorded) = &mut self.record {
+            recorded.entries[usize::from(id)] = recorded.record.taken(&recorded.copied)?;
+            recorded.last_was_one = false;
+        }
+        Ok(())
+    }
+
+    /// Take chains that the record holds. Their places in the ring are behind us, and may be others' by now.
     #[cold]
-    fn pop_again(&mut self, first: u16, chain: &mut Chain) -> Result<(), RingError> {
+    #[inline(never)]
+    fn take_again(&mut self, chains: &mut [Chain]) -> Result<usize, RingError> {
+        let mut taken = 0;
+        for chain in chains {
+            let first = self.record.as_ref().and_then(|recorded| recorded.resubmit.front().copied());
+            let Some(first) = first else { break };
+            match self.take_recorded(first, chain) {
+                Ok(()) => taken += 1,
+                Err(error) if taken == 0 => return Err(*error),
+                Err(_) => break,
+            }
+        }
+        Ok(taken)
+    }
+
+    fn take_recorded(&mut self, first: u16, chain: &mut Chain) -> Result<(), Box<RingError>> {
         let Some(recorded) = &mut self.record else { return Ok(()) };
-        chain.start(first);
-        chain.set_resubmitted();
         recorded.copied.clear();
         recorded.copied.extend(recorded.record.descriptors(first));
         let descriptors = recorded.copied.len() as u16;
-        let mut id = 0;
-        for (left, copied) in (0..descriptors).rev().zip(&recorded.copied) {
-            let Copied { address, length, id: link, flags } = *copied;
-            let descriptor = Descriptor { address, length, flags, link };
-            if (flags & NEXT == 0) != (left == 0) {
-                let reason = format!("entry {first}: the flags of its descriptors end the chain elsewhere than num");
-                return Err(RingError::InflightRecord(reason));
-            }
-            if flags & INDIRECT == 0 {
-                self.walk.add(first, descriptor, chain)?;
-            } else {
-                self.walk.indirect(first, descriptor, chain, follow_table)?;
-            }
-            id = link;
+        let id = replay(&mut self.common.walk, first, &recorded.copied, chain)?;
+        if self.chains.get(usize::from(id)) != Some(&0) {
+            return Err(self.bad_id(first, id));
         }
-        self.check_id(first, id)?;
         if let Some(recorded) = &mut self.record {
             recorded.resubmit.pop_front();
             recorded.last_was_one = true;
             recorded.entries[usize::from(id)] = first;
         }
         chain.set_head(id);
-        self.count_taken(id, descriptors);
-        Ok(())
-    }
-
-    /// Whether the chain at a descriptor may have a buffer id.
-    fn check_id(&self, descriptor: u16, id: u16) -> Result<(), RingError> {
-        match self.chains.get(usize::from(id)) {
-            Some(0) => Ok(()),
-            Some(_) => Err(RingError::IdInFlight { descriptor, id }),
-            None => Err(RingError::IdOutOfRange { descriptor, id, size: self.size }),
-        }
-    }
-
-    fn count_taken(&mut self, id: u16, descriptors: u16) {
+        chain.set_resubmitted();
         self.chains[usize::from(id)] = descriptors;
         self.in_flight += 1;
-        self.last_taken = Some(id);
+        self.last_taken = id.into();
         if let Some(order) = &mut self.order {
             order.taken(id);
         }
+        Ok(())
     }
 
-    /// Add everything that the next chain has. Returns its buffer id, and how many descriptors it takes in the ring.
-    fn follow(&mut self, chain: &mut Chain) -> Result<(u16, u16), RingError> {
-        let free = self.size - self.taken;
-        let mut at = self.avail;
+    /// Why the chain at a descriptor may not have a buffer id.
+    #[cold]
+    #[inline(never)]
+    fn bad_id(&self, descriptor: u16, id: u16) -> Box<RingError> {
+        let size = self.common.size;
+        Box::new(if id < size {
+            RingError::IdInFlight { descriptor, id }
+        } else {
+            RingError::IdOutOfRange { descriptor, id, size }
+        })
+    }
+
+    /// Put the chain together that begins at a descriptor which is available, where `free` descriptors are. Returns its
+    /// buffer id, and how many descriptors it takes in the ring.
+    #[inline(always)]
+    fn follow(&mut self, start: Position, free: u16, chain: &mut Chain) -> Result<(u16, u16), Box<RingError>> {
+        let (id, descriptors) = self.walk(start, free, chain)?;
+        if self.chains.get(usize::from(id)) != Some(&0) {
+            return Err(self.bad_id(start.slot, id));
+        }
+        if self.record.is_some() {
+            self.note_taken(id)?;
+        }
+        Ok((id, descriptors))
+    }
+
+    #[inline(always)]
+    fn walk(&mut self, start: Position, free: u16, chain: &mut Chain) -> Result<(u16, u16), Box<RingError>> {
+        let mut draft = Draft::new(chain, start.slot);
+        let mut slot = start.slot;
+        let keeps_record = self.record.is_some();
         if let Some(recorded) = &mut self.record {
             recorded.copied.clear();
         }
         for count in 1..=free {
-            // SAFETY: a position is less than `size`, and the ring was resolved over `size` entries of 16 bytes. The
+            // SAFETY: a slot is less than `size`, and the ring was resolved over `size` entries of 16 bytes. The
             // guest may write concurrently: hence volatile copies, used alone.
             let descriptor = unsafe {
-                let entry = self.parts.descriptors.add(2 * usize::from(at.slot));
+                let entry = self.common.parts.descriptors.add(2 * usize::from(slot));
                 Descriptor::from_packed([entry.read_volatile(), entry.add(1).read_volatile()])
             };
-            if let Some(recorded) = &mut self.record {
-                let Descriptor { address, length, flags, link: id } = descriptor;
-                recorded.copied.push(Copied { address, length, id, flags });
+            if keeps_record {
+                self.note_descriptor(descriptor.address, descriptor.length, descriptor.flags, descriptor.link);
             }
             if descriptor.flags & INDIRECT != 0 {
-                self.walk.indirect(at.slot, descriptor, chain, follow_table)?;
+                self.common.walk.indirect(slot, descriptor, draft, follow_table)?;
                 return Ok((descriptor.link, count));
             }
-            self.walk.add(at.slot, descriptor, chain)?;
+            self.common.walk.add(slot, descriptor, &mut draft)?;
             if descriptor.flags & NEXT == 0 {
+                draft.finish();
                 return Ok((descriptor.link, count));
             }
-            at = at.plus(1, self.size);
+            slot = if slot + 1 < self.common.size { slot + 1 } else { 0 };
         }
-        Err(RingError::ChainTooLong { head: self.avail.slot, limit: free.into() })
+        Err(chain_too_long(start.slot, free.into()))
     }
 
-    /// Write the next used descriptor: all of it but, if it is the first of a batch, what shows it.
-    fn fill_used(&mut self, used: Used) {
-        let Some(descriptors) = self.chains.get_mut(usize::from(used.head)).map(std::mem::take) else { return };
-        if descriptors == 0 {
-            return;
+    /// Write used descriptors from `start` on for a chain that is done, and those that have waited for it. Returns how
+    /// many descriptors they have.
+    #[inline(never)]
+    fn write_in_order(&mut self, start: Position, used: Used) -> u16 {
+        let mut slots = 0;
+        if let Some(mut order) = self.order.take() {
+            order.done(used, |used| slots += self.write_used(start.plus(slots, self.common.size), used));
+            self.order = Some(order);
         }
-        let slot = self.used.slot;
-        let flags = self.used.used() | if used.written > 0 { WRITE } else { 0 };
-        // SAFETY: as in `follow`; the length, aligned to 4, and the id, aligned to 2, are the third quarter of the entry
+        slots
+    }
+
+    /// Write the used descriptor `at`: all of it but, if it is the first of a batch, what shows it. Returns how many
+    /// descriptors the chain has.
+    #[inline(always)]
+    fn write_used(&mut self, at: Position, used: Used) -> u16 {
+        let descriptors = self.chains.get_mut(usize::from(used.head)).map_or(0, std::mem::take);
+        if descriptors == 0 {
+            return 0;
+        }
+        let flags = at.used() | if used.written > 0 { WRITE } else { 0 };
+        // SAFETY: as in `walk`; the length, aligned to 4, and the id, aligned to 2, are the third quarter of the entry
         // and half of the fourth. The driver does not look before the flags say so.
         unsafe {
-            let entry = self.parts.descriptors.cast::<u32>().add(4 * usize::from(slot));
+            let entry = self.common.parts.descriptors.cast::<u32>().add(4 * usize::from(at.slot));
             entry.add(2).write_volatile(used.written.to_le());
             crash::point();
             entry.add(3).cast::<u16>().write_volatile(used.head.to_le());
             crash::point();
         }
-        if let Some(recorded) = &mut self.record {
-            recorded.record.completed(recorded.entries[usize::from(used.head)]);
+        if self.record.is_some() {
+            self.note_used(used.head);
         }
         if self.hidden.is_none() {
-            self.hidden = Some((slot, flags));
+            self.hidden = Some((at.slot, flags));
         } else {
-            self.flags(slot).store(flags.to_le(), Ordering::Relaxed);
+            self.flags(at.slot).store(flags.to_le(), Ordering::Relaxed);
             crash::point();
         }
-        self.used = self.used.plus(descriptors, self.size);
-        self.taken -= descriptors;
-        if let Some(slots) = &mut self.undecided {
-            *slots = slots.saturating_add(descriptors);
-        }
+        descriptors
     }
 
     /// The flags of a descriptor, `slot < size`.
     fn flags(&self, slot: u16) -> &AtomicU16 {
         // SAFETY: the last two bytes of an entry that was resolved; concurrent access is what atomics are for.
-        unsafe { AtomicU16::from_ptr(self.parts.descriptors.cast().add(ENTRY * usize::from(slot) + FLAGS).as_ptr()) }
+        unsafe {
+            AtomicU16::from_ptr(self.common.parts.descriptors.cast().add(ENTRY * usize::from(slot) + FLAGS).as_ptr())
+        }
     }
 
     fn driver_events(&self) -> &AtomicU32 {
         // SAFETY: the structure was resolved over its 4 bytes, and is aligned to them.
-        unsafe { AtomicU32::from_ptr(self.parts.avail.cast().as_ptr()) }
+        unsafe { AtomicU32::from_ptr(self.common.parts.avail.cast().as_ptr()) }
     }
 
     /// Ask the driver for kicks: never, always, or from the next descriptor on.
     fn set_device_events(&self, flags: u16) {
         let suppression = u32::from(self.avail.bits()) | u32::from(flags) << 16;
         // SAFETY: as in `driver_events`.
-        let events = unsafe { AtomicU32::from_ptr(self.parts.used.cast().as_ptr()) };
+        let events = unsafe { AtomicU32::from_ptr(self.common.parts.used.cast().as_ptr()) };
         events.store(suppression.to_le(), Ordering::Relaxed);
     }
 }
 
+/// Put a chain together from what the record has of it, at its entry `first`. Returns its buffer id.
+fn replay(walk: &mut Walk, first: u16, copied: &[Copied], chain: &mut Chain) -> Result<u16, Box<RingError>> {
+    let mut draft = Draft::new(chain, first);
+    let mut id = 0;
+    for (left, copied) in (0..copied.len()).rev().zip(copied) {
+        let Copied { address, length, id: link, flags } = *copied;
+        let descriptor = Descriptor { address, length, flags, link };
+        if (flags & NEXT == 0) != (left == 0) {
+            let reason = format!("entry {first}: the flags of its descriptors end the chain elsewhere than num");
+            return Err(Box::new(RingError::InflightRecord(reason)));
+        }
+        id = link;
+        if flags & INDIRECT != 0 {
+            return walk.indirect(first, descriptor, draft, follow_table).map(|()| id);
+        }
+        walk.add(first, descriptor, &mut draft)?;
+    }
+    draft.finish();
+    Ok(id)
+}
+
 /// Add what is in an indirect table: every entry, one after the other.
-fn follow_table(walk: &mut Walk, entries: &[[u8; 16]], chain: &mut Chain) -> Result<(), RingError> {
+fn follow_table(walk: &Walk, entries: &[[u8; 16]], draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
     for (index, entry) in (0..).zip(entries) {
         let inner = Descriptor::from_packed(words(entry));
         if inner.flags & INDIRECT != 0 {
-            return Err(RingError::NestedIndirect { descriptor: index });
+            return Err(Box::new(RingError::NestedIndirect { descriptor: index }));
         }
-        walk.add(index, inner, chain)?;
+        walk.add(index, inner, draft)?;
     }
     Ok(())
 }

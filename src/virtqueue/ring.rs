@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Used};
 use super::inflight::InflightSlot;
+use super::walk::Walk;
 use crate::error::RingError;
 use crate::memory::{Access, IovaRange, Snapshot, Unmapped, Untranslated};
 
@@ -37,22 +38,46 @@ pub trait Ring: Debug + Send {
     /// How many of the next chains a device before us had taken already.
     fn resubmitting(&self) -> u16;
 
+    /// What both formats have.
+    fn common(&self) -> &Common;
+
+    /// Likewise.
+    fn common_mut(&mut self) -> &mut Common;
+
     /// The same ring over other memory, or an error that leaves it as it was.
-    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError>;
+    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
+        let Common { addresses, size, options, .. } = *self.common();
+        Parts::resolve(addresses, size, snapshot, options).map(RingPointers)
+    }
 
     /// Go on over `snapshot`, from which `pointers` were resolved.
-    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>);
+    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>) {
+        let common = self.common_mut();
+        common.parts = pointers.0;
+        common.walk.snapshot = snapshot;
+    }
 
     /// Go on at other addresses in the same memory, or stay where it is with an error.
-    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError>;
+    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
+        let common = self.common_mut();
+        common.parts = Parts::resolve(addresses, common.size, &common.walk.snapshot, common.options)?;
+        common.addresses = addresses;
+        Ok(())
+    }
 
-    fn snapshot(&self) -> &Arc<Snapshot>;
+    fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.common().walk.snapshot
+    }
 
     /// Descriptors.
-    fn size(&self) -> u16;
+    fn size(&self) -> u16 {
+        self.common().size
+    }
 
     /// The guest address of the descriptors.
-    fn descriptors(&self) -> Option<u64>;
+    fn descriptors(&self) -> Option<u64> {
+        self.snapshot().guest_address(self.common().parts.descriptors.cast())
+    }
 
     /// Where the ring would go on if it stopped now, as in GET_VRING_BASE. Chains that are to be taken again, and are
     /// not where the driver's side of the ring has them, stay in the in-flight record.
@@ -67,15 +92,31 @@ pub trait Ring: Debug + Send {
     /// How many chains the driver has made available that were not taken yet.
     fn available(&mut self) -> Result<u16, RingError>;
 
-    /// Take the next chain that the last [`look`](Self::look) may have seen. False if there is none left.
-    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError>;
+    /// Of [`take`](Self::take): how many chains it may find now, after it has found `before`.
+    fn room(&self, before: usize) -> usize;
+
+    /// Take the next chains that the last [`look`](Self::look) may have seen, as many as there are or `chains` has room
+    /// for. Returns how many. If the first of them is broken, that is the error; one behind it comes up the next time.
+    fn take(&mut self, chains: &mut [Chain]) -> Result<usize, RingError>;
+
+    /// Take one chain. False if there is none left.
+    #[inline]
+    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        Ok(self.take(std::slice::from_mut(chain))? > 0)
+    }
 
     /// Give the chain that was taken last back to the driver's side, as if it had not been taken. False, and nothing
     /// happens, if `head` is not the one that was taken last.
     fn unpop(&mut self, head: u16) -> bool;
 
-    /// Fill the next used entry. The driver sees it after [`show`](Self::show).
-    fn push_used(&mut self, used: Used);
+    /// Fill the next used entries. The driver sees them after [`show`](Self::show).
+    fn fill_used(&mut self, used: &[Used]);
+
+    /// Fill one of them.
+    #[inline]
+    fn push_used(&mut self, used: Used) {
+        self.fill_used(std::slice::from_ref(&used));
+    }
 
     /// Show the driver every used entry that was filled. Returns whether it wants to be notified.
     #[must_use]
@@ -107,6 +148,29 @@ pub trait Ring: Debug + Send {
 
     /// Ask the driver to kick for the next chain. Returns whether one came before it could know.
     fn enable_kicks(&mut self) -> Result<bool, RingError>;
+}
+
+/// What a running ring of either format has.
+#[derive(Debug)]
+pub struct Common {
+    pub(super) parts: Parts,
+    pub(super) walk: Walk,
+    addresses: RingAddresses,
+    pub(super) options: RingOptions,
+    pub(super) size: u16,
+}
+
+impl Common {
+    pub(super) fn new(
+        addresses: RingAddresses,
+        size: u16,
+        options: RingOptions,
+        limits: RingLimits,
+        snapshot: Arc<Snapshot>,
+    ) -> Result<Self, RingError> {
+        let parts = Parts::resolve(addresses, size, &snapshot, options)?;
+        Ok(Self { parts, walk: Walk::new(snapshot, options.indirect, limits), addresses, options, size })
+    }
 }
 
 /// Where the front-end put the three parts of a ring, in its user addresses, or with an IOMMU in I/O addresses. Of a packed ring, `avail` is the driver's
@@ -184,6 +248,9 @@ impl Default for RingLimits {
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
 pub(super) const INDIRECT: u16 = 4;
+
+/// Where the head of a chain may be: none. It is more than any head.
+pub(super) const NO_CHAIN: u32 = u32::MAX;
 
 pub(super) const DESCRIPTOR_SIZE: u64 = 16;
 

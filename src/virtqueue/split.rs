@@ -8,15 +8,15 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::chain::{Chain, Used};
+use super::chain::{Chain, Draft, Used};
 use super::crash;
 use super::endian::Endian;
 use super::inflight::{InflightSlot, SplitRecord};
 use super::order::Order;
 use super::ring::{
-    Descriptor, INDIRECT, NEXT, Parts, Ring, RingAddresses, RingLimits, RingOptions, RingPointers, Written, needs_event,
+    Common, Descriptor, INDIRECT, NEXT, NO_CHAIN, Ring, RingAddresses, RingLimits, RingOptions, Written, needs_event,
 };
-use super::walk::{Walk, words};
+use super::walk::{Walk, chain_too_long, words};
 use crate::error::RingError;
 use crate::memory::Snapshot;
 
@@ -34,11 +34,7 @@ impl Descriptor {
 #[derive(Debug)]
 pub struct SplitRing<E: Endian> {
     endian: PhantomData<E>,
-    parts: Parts,
-    size: u16,
-    options: RingOptions,
-    addresses: RingAddresses,
-    walk: Walk,
+    common: Common,
 
     /// The entry to take next, and how far the driver had come when we last looked.
     next_avail: u16,
@@ -52,8 +48,11 @@ pub struct SplitRing<E: Endian> {
     undecided: bool,
     /// Chains taken and not given back.
     in_flight: u16,
-    /// The chain that was taken last, while it may still be put back.
-    last_taken: Option<u16>,
+    /// The chain that was taken last, while it may still be put back, or `NO_CHAIN`.
+    last_taken: u32,
+
+    /// Whether there is an order or a record: one question for the two of them.
+    keeps_account: bool,
     order: Option<Order>,
 
     /// What outlives this process of the above, if the front-end gave memory for it.
@@ -69,7 +68,7 @@ struct Recorded {
     last_was_one: bool,
 }
 
-// SAFETY: the pointers are into shared memory that `walk.snapshot` keeps mapped, and the ring is used by one thread at a
+// SAFETY: the pointers are into shared memory that `common.walk.snapshot` keeps mapped, and the ring is used by one thread at a
 // time: every method that touches them takes `&mut self`.
 unsafe impl<E: Endian> Send for SplitRing<E> {}
 
@@ -87,14 +86,9 @@ impl<E: Endian> Ring for SplitRing<E> {
             return Err(RingError::ImpossibleSize { size });
         }
         let base = u16::try_from(base).map_err(|_| RingError::ImpossibleBase { base, size })?;
-        let parts = Parts::resolve(addresses, size, &snapshot, options)?;
         let mut ring = Self {
             endian: PhantomData,
-            parts,
-            size,
-            options,
-            addresses,
-            walk: Walk::new(snapshot, options.indirect, limits),
+            common: Common::new(addresses, size, options, limits, snapshot)?,
             next_avail: base,
             avail: base,
             next_used: 0,
@@ -102,7 +96,8 @@ impl<E: Endian> Ring for SplitRing<E> {
             decided: None,
             undecided: false,
             in_flight: 0,
-            last_taken: None,
+            last_taken: NO_CHAIN,
+            keeps_account: options.in_order,
             order: options.in_order.then(Order::default),
             record: None,
         };
@@ -112,9 +107,10 @@ impl<E: Endian> Ring for SplitRing<E> {
     }
 
     fn recover(mut self, slot: &InflightSlot) -> Result<Self, RingError> {
-        let (record, resubmit) = SplitRecord::open(slot, self.size, self.next_used)?;
+        let (record, resubmit) = SplitRecord::open(slot, self.common.size, self.next_used)?;
         self.next_avail = self.next_used.wrapping_add(resubmit.len() as u16);
         self.avail = self.next_avail;
+        self.keeps_account = true;
         self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false }));
         Ok(self)
     }
@@ -123,31 +119,12 @@ impl<E: Endian> Ring for SplitRing<E> {
         self.record.as_ref().map_or(0, |recorded| recorded.resubmit.len() as u16)
     }
 
-    fn resolve(&self, snapshot: &Snapshot) -> Result<RingPointers, RingError> {
-        Parts::resolve(self.addresses, self.size, snapshot, self.options).map(RingPointers)
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn move_to(&mut self, pointers: RingPointers, snapshot: Arc<Snapshot>) {
-        self.parts = pointers.0;
-        self.walk.snapshot = snapshot;
-    }
-
-    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
-        self.parts = Parts::resolve(addresses, self.size, &self.walk.snapshot, self.options)?;
-        self.addresses = addresses;
-        Ok(())
-    }
-
-    fn snapshot(&self) -> &Arc<Snapshot> {
-        &self.walk.snapshot
-    }
-
-    fn size(&self) -> u16 {
-        self.size
-    }
-
-    fn descriptors(&self) -> Option<u64> {
-        self.walk.snapshot.guest_address(self.parts.descriptors.cast())
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
     fn base(&self) -> u32 {
@@ -169,7 +146,7 @@ impl<E: Endian> Ring for SplitRing<E> {
         let avail = E::u16(self.avail_index().load(Ordering::Acquire));
         let waiting = avail.wrapping_sub(self.next_avail);
         let again = self.resubmitting();
-        let free = self.size - self.order.as_ref().map_or(self.in_flight, Order::waiting) - again;
+        let free = self.common.size - self.order.as_ref().map_or(self.in_flight, Order::waiting) - again;
         if waiting > free {
             return Err(RingError::IndexJump { from: self.next_avail, to: avail, free });
         }
@@ -177,34 +154,38 @@ impl<E: Endian> Ring for SplitRing<E> {
         Ok(waiting + again)
     }
 
-    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if let Some(recorded) = &self.record
-            && let Some(head) = recorded.resubmit.front().copied()
-        {
-            return self.pop_again(head, chain).map(|()| true);
+    fn room(&self, _: usize) -> usize {
+        usize::from(self.avail.wrapping_sub(self.next_avail)) + usize::from(self.resubmitting())
+    }
+
+    fn take(&mut self, chains: &mut [Chain]) -> Result<usize, RingError> {
+        let again = if self.resubmitting() > 0 { self.take_again(chains)? } else { 0 };
+        let first = self.next_avail;
+        let ready = self.avail.wrapping_sub(first);
+        let mut next = first;
+        for chain in chains[again..].iter_mut().take(ready.into()) {
+            let head = match self.follow(next, chain) {
+                Ok(head) => head,
+                Err(error) if again == 0 && next == first => return Err(*error),
+                Err(_) => break,
+            };
+            next = next.wrapping_add(1);
+            if self.keeps_account {
+                self.note_taken(head);
+            }
+            self.last_taken = head.into();
         }
-        if self.next_avail == self.avail {
-            return Ok(false);
-        }
-        let head = self.head_at(self.next_avail);
-        if head >= self.size {
-            return Err(RingError::HeadOutOfRange { head, size: self.size });
-        }
-        chain.start(head);
-        self.walk(head, chain)?;
-        if let Some(recorded) = &mut self.record {
-            recorded.record.taken(head);
-            recorded.last_was_one = false;
-        }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.count_taken(head);
-        Ok(true)
+        let taken = next.wrapping_sub(first);
+        self.next_avail = next;
+        self.in_flight += taken;
+        Ok(again + usize::from(taken))
     }
 
     fn unpop(&mut self, head: u16) -> bool {
-        if self.last_taken.take_if(|last| *last == head).is_none() {
+        if self.last_taken != u32::from(head) {
             return false;
         }
+        self.last_taken = NO_CHAIN;
         self.in_flight -= 1;
         if let Some(order) = &mut self.order {
             order.put_back();
@@ -220,16 +201,23 @@ impl<E: Endian> Ring for SplitRing<E> {
         true
     }
 
-    fn push_used(&mut self, used: Used) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.last_taken.take_if(|last| *last == used.head);
-        match self.order.take() {
-            None => self.fill_used(used),
-            Some(mut order) => {
-                order.done(used, |used| self.fill_used(used));
-                self.order = Some(order);
+    fn fill_used(&mut self, used: &[Used]) {
+        self.in_flight = self.in_flight.saturating_sub(u16::try_from(used.len()).unwrap_or(u16::MAX));
+        let (mut next, mut last_taken) = (self.next_used, self.last_taken);
+        for used in used {
+            if last_taken == u32::from(used.head) {
+                last_taken = NO_CHAIN;
+            }
+            if self.keeps_account {
+                self.next_used = next;
+                self.account(*used);
+                next = self.next_used;
+            } else {
+                self.write_used(next, *used);
+                next = next.wrapping_add(1);
             }
         }
+        (self.next_used, self.last_taken) = (next, last_taken);
     }
 
     fn show(&mut self) {
@@ -255,7 +243,7 @@ impl<E: Endian> Ring for SplitRing<E> {
         // The driver may be about to sleep: it must see the index, or we must see that it wants a notification.
         fence(Ordering::SeqCst);
         let since = self.decided.replace(self.published);
-        Some(if self.options.event_idx {
+        Some(if self.common.options.event_idx {
             let event = E::u16(self.used_event().load(Ordering::Relaxed));
             since.is_none_or(|since| needs_event(event, self.published, since))
         } else {
@@ -268,26 +256,30 @@ impl<E: Endian> Ring for SplitRing<E> {
         if count == 0 {
             return [Written::Used(0, 0); 3];
         }
-        let size = u64::from(self.size);
-        let first = u64::from(self.published & (self.size - 1));
+        let size = u64::from(self.common.size);
+        let first = u64::from(self.published & (self.common.size - 1));
         let before_end = count.min(size - first);
         let after = (count - before_end).min(size);
         [Written::Used(0, 4), Written::Used(4 + 8 * first, 8 * before_end), Written::Used(4, 8 * after)]
     }
 
     fn kick_suppression(&self) -> Written {
-        if self.options.event_idx { Written::Used(4 + 8 * u64::from(self.size), 2) } else { Written::Used(0, 2) }
+        if self.common.options.event_idx {
+            Written::Used(4 + 8 * u64::from(self.common.size), 2)
+        } else {
+            Written::Used(0, 2)
+        }
     }
 
     fn disable_kicks(&mut self) {
         // With EVENT_IDX the event index of the past does that by itself.
-        if !self.options.event_idx {
+        if !self.common.options.event_idx {
             self.used_flags().store(E::u16(USED_NO_NOTIFY), Ordering::Relaxed);
         }
     }
 
     fn enable_kicks(&mut self) -> Result<bool, RingError> {
-        if self.options.event_idx {
+        if self.common.options.event_idx {
             self.avail_event().store(E::u16(self.next_avail), Ordering::Relaxed);
         } else {
             self.used_flags().store(0, Ordering::Relaxed);
@@ -299,125 +291,189 @@ impl<E: Endian> Ring for SplitRing<E> {
 }
 
 impl<E: Endian> SplitRing<E> {
-    /// Take a chain that the record holds. It has its mark, and its place in the available ring is behind us.
+    /// Take chains that the record holds. They have their marks, and their places in the available ring are behind us.
     #[cold]
-    fn pop_again(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
-        chain.start(head);
-        self.walk(head, chain)?;
-        chain.set_resubmitted();
-        if let Some(recorded) = &mut self.record {
-            recorded.resubmit.pop_front();
-            recorded.last_was_one = true;
+    #[inline(never)]
+    fn take_again(&mut self, chains: &mut [Chain]) -> Result<usize, RingError> {
+        let mut taken = 0;
+        for chain in chains {
+            let Some(head) = self.record.as_ref().and_then(|recorded| recorded.resubmit.front().copied()) else {
+                break;
+            };
+            match self.walk(head, chain) {
+                Ok(()) => {}
+                Err(error) if taken == 0 => return Err(*error),
+                Err(_) => break,
+            }
+            chain.set_resubmitted();
+            if let Some(recorded) = &mut self.record {
+                recorded.resubmit.pop_front();
+                recorded.last_was_one = true;
+            }
+            if let Some(order) = &mut self.order {
+                order.taken(head);
+            }
+            self.last_taken = head.into();
+            self.in_flight += 1;
+            taken += 1;
         }
-        self.count_taken(head);
-        Ok(())
+        Ok(taken)
     }
 
-    fn count_taken(&mut self, head: u16) {
-        self.in_flight += 1;
-        self.last_taken = Some(head);
+    /// Say in the record and in the order that a chain was taken.
+    #[inline(never)]
+    fn note_taken(&mut self, head: u16) {
+        if let Some(recorded) = &mut self.record {
+            recorded.record.taken(head);
+            recorded.last_was_one = false;
+        }
         if let Some(order) = &mut self.order {
             order.taken(head);
         }
     }
 
-    fn fill_used(&mut self, used: Used) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        // SAFETY: `slot < size`, and the used ring was resolved over `size` entries of 8 bytes after its 4-byte head.
-        // Its alignment of 4 makes the two stores aligned. The driver does not look before the index says so.
-        unsafe {
-            let entry = self.parts.used.add(2 + 4 * slot).cast::<u32>();
-            entry.write_volatile(E::u32(used.head.into()));
-            crash::point();
-            entry.add(1).write_volatile(E::u32(used.written));
-            crash::point();
+    /// Fill used entries for a chain that is done, and those that have waited for it, and say so in the record.
+    #[inline(never)]
+    fn account(&mut self, used: Used) {
+        match self.order.take() {
+            None => self.record_used(used),
+            Some(mut order) => {
+                order.done(used, |used| self.record_used(used));
+                self.order = Some(order);
+            }
         }
+    }
+
+    fn record_used(&mut self, used: Used) {
+        self.write_used(self.next_used, used);
         if let Some(recorded) = &mut self.record {
             recorded.record.completed(used.head);
         }
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Entry `index` of the available ring.
-    fn head_at(&self, index: u16) -> u16 {
-        let slot = usize::from(index & (self.size - 1));
-        // SAFETY: `slot < size`, and the available ring was resolved over `2 + size` entries at least. The copy is used.
-        E::u16(unsafe { self.parts.avail.add(2 + slot).read_volatile() })
+    /// Fill entry `index` of the used ring.
+    #[inline(always)]
+    fn write_used(&self, index: u16, used: Used) {
+        let slot = usize::from(index & (self.common.size - 1));
+        // SAFETY: `slot < size`, and the used ring was resolved over `size` entries of 8 bytes after its 4-byte head.
+        // Its alignment of 4 makes the two stores aligned. The driver does not look before the index says so.
+        unsafe {
+            let entry = self.common.parts.used.add(2 + 4 * slot).cast::<u32>();
+            entry.write_volatile(E::u32(used.head.into()));
+            crash::point();
+            entry.add(1).write_volatile(E::u32(used.written));
+            crash::point();
+        }
     }
 
-    fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+    /// Entry `index` of the available ring.
+    #[inline(always)]
+    fn head_at(&self, index: u16) -> u16 {
+        let slot = usize::from(index & (self.common.size - 1));
+        // SAFETY: `slot < size`, and the available ring was resolved over `2 + size` entries at least. The copy is used.
+        E::u16(unsafe { self.common.parts.avail.add(2 + slot).read_volatile() })
+    }
+
+    /// Put the chain together that entry `index` of the available ring names. Returns its head.
+    #[inline(always)]
+    fn follow(&mut self, index: u16, chain: &mut Chain) -> Result<u16, Box<RingError>> {
+        let head = self.head_at(index);
+        if head >= self.common.size {
+            return Err(self.head_out_of_range(head));
+        }
+        self.walk(head, chain)?;
+        Ok(head)
+    }
+
+    /// Put the chain at `head` together, which is less than `size`.
+    #[inline(always)]
+    fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), Box<RingError>> {
+        let size = self.common.size;
+        let mut draft = Draft::new(chain, head);
         let mut index = head;
-        for _ in 0..self.size {
+        for _ in 0..size {
             // SAFETY: `index < size` (the head was checked, and so is every `next` below), and the table was resolved
             // over `size` entries of 16 bytes. The guest may write concurrently: hence volatile copies, used alone.
             let descriptor = unsafe {
-                let entry = self.parts.descriptors.add(2 * usize::from(index));
+                let entry = self.common.parts.descriptors.add(2 * usize::from(index));
                 Descriptor::from_split::<E>([entry.read_volatile(), entry.add(1).read_volatile()])
             };
             if descriptor.flags & INDIRECT != 0 {
-                return self.walk.indirect(index, descriptor, chain, follow_table::<E>);
+                return self.common.walk.indirect(index, descriptor, draft, follow_table::<E>);
             }
-            self.walk.add(index, descriptor, chain)?;
+            self.common.walk.add(index, descriptor, &mut draft)?;
             if descriptor.flags & NEXT == 0 {
+                draft.finish();
                 return Ok(());
             }
-            if descriptor.link >= self.size {
-                let size = u32::from(self.size);
-                return Err(RingError::NextOutOfRange { descriptor: index, next: descriptor.link, size });
+            if descriptor.link >= size {
+                return Err(next_out_of_range(index, descriptor.link, size.into()));
             }
             index = descriptor.link;
         }
-        Err(RingError::ChainTooLong { head, limit: u32::from(self.size) })
+        Err(chain_too_long(head, size.into()))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn head_out_of_range(&self, head: u16) -> Box<RingError> {
+        Box::new(RingError::HeadOutOfRange { head, size: self.common.size })
     }
 
     fn avail_flags(&self) -> &AtomicU16 {
         // SAFETY: offset 0 of the available ring, resolved and aligned to 2; concurrent access is what atomics are for.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.avail.as_ptr()) }
     }
 
     fn avail_index(&self) -> &AtomicU16 {
         // SAFETY: offset 2 of the available ring; as above.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.add(1).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.avail.add(1).as_ptr()) }
     }
 
     fn used_event(&self) -> &AtomicU16 {
         // SAFETY: behind the available ring's `size` entries; resolved as part of it, because EVENT_IDX was negotiated.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.add(2 + usize::from(self.size)).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.avail.add(2 + usize::from(self.common.size)).as_ptr()) }
     }
 
     fn used_flags(&self) -> &AtomicU16 {
         // SAFETY: offset 0 of the used ring, resolved and aligned to 4.
-        unsafe { AtomicU16::from_ptr(self.parts.used.as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.used.as_ptr()) }
     }
 
     fn used_index(&self) -> &AtomicU16 {
         // SAFETY: offset 2 of the used ring; as above.
-        unsafe { AtomicU16::from_ptr(self.parts.used.add(1).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.used.add(1).as_ptr()) }
     }
 
     fn avail_event(&self) -> &AtomicU16 {
         // SAFETY: behind the used ring's `size` entries; resolved as part of it, because EVENT_IDX was negotiated.
-        unsafe { AtomicU16::from_ptr(self.parts.used.add(2 + 4 * usize::from(self.size)).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.used.add(2 + 4 * usize::from(self.common.size)).as_ptr()) }
     }
 }
 
 /// Add what is in an indirect table, in the order of its links.
-fn follow_table<E: Endian>(walk: &mut Walk, entries: &[[u8; 16]], chain: &mut Chain) -> Result<(), RingError> {
+fn follow_table<E: Endian>(walk: &Walk, entries: &[[u8; 16]], draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
     let mut index = 0;
     for _ in 0..entries.len() {
         let inner = Descriptor::from_split::<E>(words(&entries[usize::from(index)]));
         if inner.flags & INDIRECT != 0 {
-            return Err(RingError::NestedIndirect { descriptor: index });
+            return Err(Box::new(RingError::NestedIndirect { descriptor: index }));
         }
-        walk.add(index, inner, chain)?;
+        walk.add(index, inner, draft)?;
         if inner.flags & NEXT == 0 {
             return Ok(());
         }
         if usize::from(inner.link) >= entries.len() {
-            let size = entries.len() as u32;
-            return Err(RingError::NextOutOfRange { descriptor: index, next: inner.link, size });
+            return Err(next_out_of_range(index, inner.link, entries.len() as u32));
         }
         index = inner.link;
     }
-    Err(RingError::ChainTooLong { head: chain.head(), limit: entries.len() as u32 })
+    Err(chain_too_long(draft.head(), entries.len() as u32))
+}
+
+#[cold]
+#[inline(never)]
+fn next_out_of_range(descriptor: u16, next: u16, size: u32) -> Box<RingError> {
+    Box::new(RingError::NextOutOfRange { descriptor, next, size })
 }

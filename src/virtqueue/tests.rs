@@ -148,7 +148,7 @@ impl Rig {
             unsafe { access::write(segment.pointer.as_ptr(), &bytes[done..done + segment.length]) };
             done += segment.length;
         };
-        self.memory.translate(address, bytes.len() as u64, &mut 0, write).unwrap();
+        self.memory.pieces(address, bytes.len() as u64, write).unwrap();
     }
 
     fn peek(&self, address: u64, length: usize) -> Vec<u8> {
@@ -159,7 +159,7 @@ impl Rig {
             unsafe { access::read(segment.pointer.as_ptr(), &mut bytes[done..done + segment.length]) };
             done += segment.length;
         };
-        self.memory.translate(address, length as u64, &mut 0, read).unwrap();
+        self.memory.pieces(address, length as u64, read).unwrap();
         bytes
     }
 
@@ -320,6 +320,73 @@ fn a_batch_is_seen_at_once_and_given_back_in_any_order() {
             assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written })));
         }
         assert_eq!((rig.device.in_flight(), rig.driver.free(), rig.driver.outstanding()), (0, 8, 0));
+    }
+}
+
+#[test]
+fn chains_are_taken_as_many_at_once_as_there_is_room_for() {
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(8, 0, options);
+        let heads: Vec<_> = (1..=7).map(|length| rig.driver.add(&[writable(DATA, length)], None).unwrap()).collect();
+        let _kick = rig.driver.publish();
+        assert!(rig.device.look().unwrap());
+        let mut chains: [Chain; 4] = Default::default();
+        assert_eq!(rig.device.take(&mut []), Ok(0));
+        assert_eq!(rig.device.take(&mut chains[..3]), Ok(3));
+        assert_eq!(chains.each_ref().map(Chain::writable), [1, 2, 3, 0]);
+        assert_eq!(rig.device.take(&mut chains), Ok(4));
+        assert_eq!(
+            chains.each_ref().map(|chain| (chain.head(), chain.writable())),
+            [3, 4, 5, 6].map(|at| (heads[at], 1 + at as u64))
+        );
+        assert_eq!(rig.device.take(&mut chains), Ok(0));
+        assert_eq!(rig.device.in_flight(), 7);
+        assert!(rig.device.unpop(heads[6]), "it was taken last");
+        assert_eq!((rig.device.take(&mut chains), chains[0].head()), (Ok(1), heads[6]));
+        let used: Vec<_> =
+            (0..).zip(&heads).map(|(written, head)| Used { head: *head, written: written % 2 }).collect();
+        rig.device.fill_used(&used);
+        assert!(rig.device.publish());
+        for used in used {
+            assert_eq!(rig.driver.pop(), Ok(Some(used)));
+        }
+        assert_eq!((rig.device.in_flight(), rig.driver.free()), (0, 8));
+    }
+}
+
+#[test]
+fn what_comes_before_a_broken_chain_is_taken_and_the_error_comes_up_again() {
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        for elements in [[readable(DATA, 1), writable(DATA, 1)], [writable(DATA, 2), readable(DATA, 2)]] {
+            rig.submit(&elements, None);
+        }
+        assert!(rig.device.look().unwrap());
+        let mut chains: [Chain; 3] = Default::default();
+        assert_eq!((rig.device.take(&mut chains), chains[0].writable()), (Ok(1), 1));
+        for _ in 0..2 {
+            let broken = rig.device.take(&mut chains[1..]);
+            assert!(matches!(broken, Err(RingError::ReadableAfterWritable { .. })), "{broken:?}");
+            assert_eq!((chains[1].readable_segments().len(), chains[1].writable()), (0, 0), "half a chain");
+        }
+        assert_eq!(rig.device.in_flight(), 1);
+    }
+}
+
+#[test]
+fn a_chain_that_is_used_again_has_nothing_of_the_longer_one_before() {
+    for options in formats(FLAGS_ONLY) {
+        let mut rig = Rig::new(8, 0, options);
+        let mut chain = Chain::default();
+        for count in [5, 1, 3, 4, 2, 7] {
+            let elements: Vec<_> = (1..=count).map(|length| writable(DATA, length)).collect();
+            let head = rig.submit(&elements, None);
+            assert!(rig.device.look().unwrap());
+            assert!(rig.device.pop(&mut chain).unwrap());
+            assert_eq!(lengths(chain.writable_segments()), (1..=count as usize).collect::<Vec<_>>());
+            rig.complete(head, 0);
+            rig.driver.pop().unwrap().unwrap();
+        }
     }
 }
 

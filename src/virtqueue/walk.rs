@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::chain::Chain;
+use super::chain::Draft;
 use super::ring::{DESCRIPTOR_SIZE, Descriptor, INDIRECT, NEXT, RingLimits, WRITE};
 use crate::error::RingError;
 use crate::memory::{Access, Segment, Snapshot, Unmapped, Untranslated};
@@ -25,40 +25,41 @@ impl Walk {
     }
 
     /// Add what a descriptor points to to the chain. `index` is where the descriptor is, for errors.
-    #[inline]
-    pub(super) fn add(&mut self, index: u16, descriptor: Descriptor, chain: &mut Chain) -> Result<(), RingError> {
-        let writable = descriptor.flags & WRITE != 0;
-        if !chain.may_go_on(writable) {
-            return Err(RingError::ReadableAfterWritable { descriptor: index });
+    #[inline(always)]
+    pub(super) fn add(&self, index: u16, descriptor: Descriptor, draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
+        if !draft.may_go_on(descriptor.flags & WRITE != 0) {
+            return Err(readable_after_writable(index));
         }
-        chain
-            .push_buffer(&self.snapshot, descriptor.address, descriptor.length, writable)
-            .map_err(|reason| self.untranslated(reason, index, descriptor))?;
-        let bytes = chain.readable() + chain.writable();
-        if bytes > u64::from(self.limits.max_bytes) {
-            return Err(RingError::ChainTooLarge { head: chain.head(), bytes, limit: self.limits.max_bytes });
+        if let Err(reason) = draft.push_buffer(&self.snapshot, descriptor.address, descriptor.length) {
+            return Err(self.untranslated(reason, index, descriptor));
+        }
+        if draft.bytes() > u64::from(self.limits.max_bytes) {
+            return Err(self.too_large(draft.head(), draft.bytes()));
         }
         Ok(())
     }
 
-    /// Check and copy the table that a descriptor with INDIRECT points to, and let `follow` add what is in it.
+    /// Check and copy the table that a descriptor with INDIRECT points to, and let `follow` add what is in it. It ends
+    /// the chain.
+    #[inline(never)]
     pub(super) fn indirect(
         &mut self,
         outer: u16,
         descriptor: Descriptor,
-        chain: &mut Chain,
-        follow: impl FnOnce(&mut Self, &[[u8; DESCRIPTOR_SIZE as usize]], &mut Chain) -> Result<(), RingError>,
-    ) -> Result<(), RingError> {
+        mut draft: Draft<'_>,
+        follow: impl FnOnce(&Self, &[[u8; DESCRIPTOR_SIZE as usize]], &mut Draft<'_>) -> Result<(), Box<RingError>>,
+    ) -> Result<(), Box<RingError>> {
         if !self.indirect {
-            return Err(RingError::IndirectNotNegotiated { descriptor: outer });
+            return Err(Box::new(RingError::IndirectNotNegotiated { descriptor: outer }));
         }
         if descriptor.flags & NEXT != 0 {
-            return Err(RingError::IndirectWithNext { descriptor: outer, flags: descriptor.flags & (INDIRECT | NEXT) });
+            let flags = descriptor.flags & (INDIRECT | NEXT);
+            return Err(Box::new(RingError::IndirectWithNext { descriptor: outer, flags }));
         }
         let limit = self.limits.max_indirect * DESCRIPTOR_SIZE as u32;
         let length = descriptor.length;
         if length == 0 || !length.is_multiple_of(DESCRIPTOR_SIZE as u32) || length > limit {
-            return Err(RingError::IndirectLength { descriptor: outer, length, limit });
+            return Err(Box::new(RingError::IndirectLength { descriptor: outer, length, limit }));
         }
         let mut table = std::mem::take(&mut self.table);
         table.clear();
@@ -74,15 +75,30 @@ impl Walk {
             .snapshot
             .resolve(descriptor.address, u64::from(length), Access::Read, copy)
             .map_err(|reason| self.untranslated(reason, outer, descriptor))
-            .and_then(|()| follow(self, table.as_chunks().0, chain));
+            .and_then(|()| follow(self, table.as_chunks().0, &mut draft));
         self.table = table;
-        result
+        result?;
+        draft.finish();
+        Ok(())
     }
 
     #[cold]
-    fn untranslated(&self, reason: Untranslated, index: u16, descriptor: Descriptor) -> RingError {
-        untranslated(reason, &self.snapshot, index, descriptor.address, descriptor.length)
+    #[inline(never)]
+    fn too_large(&self, head: u16, bytes: u64) -> Box<RingError> {
+        Box::new(RingError::ChainTooLarge { head, bytes, limit: self.limits.max_bytes })
     }
+
+    #[cold]
+    #[inline(never)]
+    fn untranslated(&self, reason: Untranslated, index: u16, descriptor: Descriptor) -> Box<RingError> {
+        Box::new(untranslated(reason, &self.snapshot, index, descriptor.address, descriptor.length))
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn readable_after_writable(descriptor: u16) -> Box<RingError> {
+    Box::new(RingError::ReadableAfterWritable { descriptor })
 }
 
 /// The error of a descriptor whose buffer, or table, is nowhere.
@@ -113,4 +129,10 @@ pub(super) fn untranslated(
 /// The two words of a descriptor in a table.
 pub(super) fn words(entry: &[u8; DESCRIPTOR_SIZE as usize]) -> [u64; 2] {
     [0, 8].map(|start| u64::from_ne_bytes(std::array::from_fn(|byte| entry[start + byte])))
+}
+
+#[cold]
+#[inline(never)]
+pub(super) fn chain_too_long(head: u16, limit: u32) -> Box<RingError> {
+    Box::new(RingError::ChainTooLong { head, limit })
 }
