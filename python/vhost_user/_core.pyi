@@ -168,6 +168,7 @@ class Backend:
         handlers: list[Callable[[Request], object] | BatchHandler | None],
         offer: _Offer,
         config: bytes,
+        workers: int = 0,
     ) -> Backend: ...
     def set_handlers(self, handlers: list[Callable[[Request], object] | BatchHandler | None]) -> None:
         """Other handlers, from the next batch of requests on. What is available gets a look from them.
@@ -192,6 +193,13 @@ class Backend:
         """The loop's own descriptor: readable while :meth:`dispatch` has something to do."""
     def stop(self) -> None:
         """End the loop, after requests in flight are done. From any thread."""
+    def work(self, index: int) -> None:
+        """Be the worker `index` of the device, on this thread, until :meth:`stop_workers`.
+
+        What goes wrong ends the loop.
+        """
+    def stop_workers(self) -> None:
+        """End the workers, each after the requests that it has begun with. From any thread."""
     @property
     def connected(self) -> bool:
         """Whether a front-end is connected."""

@@ -76,12 +76,14 @@ class ConfigStorage:
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
-        self._quiet += 1
+        with self._lock:
+            self._quiet += 1
         before = bytes(self.space)
         try:
             yield
         finally:
-            self._quiet -= 1
+            with self._lock:
+                self._quiet -= 1
             if bytes(self.space) != before:
                 self._notify()
 
@@ -223,12 +225,13 @@ class Runtime:
                 watch: Watch | None = None
                 try:
                     self.device.on_start()
-                    if connection is not None:
-                        self._connect(connection)
-                    if listener is not None:
-                        self._listener = listener
-                        watch = Watch(backend, listener.fileno(), self._accept, read=True, write=False)
-                    yield backend
+                    with self._workers(backend):
+                        if connection is not None:
+                            self._connect(connection)
+                        if listener is not None:
+                            self._listener = listener
+                            watch = Watch(backend, listener.fileno(), self._accept, read=True, write=False)
+                        yield backend
                 finally:
                     if watch:
                         watch.close()
@@ -248,6 +251,39 @@ class Runtime:
             self._failure = None
             self._serving.release()
 
+    @contextlib.contextmanager
+    def _workers(self, backend: Backend) -> Iterator[None]:
+        """The threads beside the loop's. At exit the interpreter must not wait for them before it stops the server."""
+        threads = [
+            threading.Thread(target=backend.work, args=(at,), name=f"vhost-user {self._name} worker {at}", daemon=True)
+            for at in range(self.device.workers)
+        ]
+        started: list[threading.Thread] = []
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+            yield
+        finally:
+            backend.stop_workers()
+            for thread in started:
+                thread.join()
+
+    def _check_workers(self) -> None:
+        device = self.device
+        if not 0 <= device.workers <= len(self.queues):
+            raise DeclarationError(
+                f"{self._name}.workers is {device.workers}; there can be 0 to {len(self.queues)}, one for each queue"
+            )
+        if not device.workers:
+            return
+        if self.has_coroutines:
+            raise DeclarationError(f"{self._name} has async handlers, which run in the asyncio loop: workers must be 0")
+        if self.conductor:
+            raise DeclarationError(f"{self._name} is in a simulation, where one thing happens at a time: workers must be 0")
+        if device.busy_poll:
+            raise DeclarationError(f"{self._name} has workers, which do not poll: busy_poll must be 0, or workers")
+
     def _make_backend(self) -> Backend:
         device = self.device
         if not hasattr(type(device), "device_id"):
@@ -265,11 +301,13 @@ class Runtime:
             raise DeclarationError(f"{self._name} declares no queue: write `requestq = vu.Queue()` in the class")
         if len(devices_queues) > 256:
             raise DeclarationError(f"{self._name} has {len(devices_queues)} queues; vhost-user can name 256")
+        self._check_workers()
         sizes = [queues.MAX_SIZE] * len(devices_queues)
         limits = [queue.max_request for queue in devices_queues]
         transport = self._transport_features()
         offer = Offer(features, transport, self._protocol_features(), device._takes_gpu_socket, device._shared_memory())
-        backend = Backend(self, sizes, limits, self._bound_handlers(), offer, bytes(self.config.space))
+        handlers = self._bound_handlers()
+        backend = Backend(self, sizes, limits, handlers, offer, bytes(self.config.space), device.workers)
         backend.set_busy_poll(device.busy_poll)
         backend.set_patience(device.batch_patience)
         return backend
@@ -385,6 +423,8 @@ class Runtime:
         """Returns why it has to be the old class again."""
         device, old_class, old_queues = self.device, type(self.device), self._queues
         try:
+            if self._backend is not None and device.workers:
+                raise DeclarationError("its workers may be in the middle of the old code; restart the device")
             before = self._declaration()
             # Other threads may push meanwhile: the queues are found by the declarations of both classes.
             kept = dict(zip(new_class._queues, map(self.queues_of, old_class._queues), strict=False))

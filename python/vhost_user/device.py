@@ -38,7 +38,7 @@ class Device:
 
     An ``__init__`` of its own need not call this one's. Everything that starts with ``on_`` may be overridden and does
     nothing by itself. Handlers and hooks run on the thread that serves the device, one at a time, but for the two that
-    move its state.
+    move its state, and handlers on :attr:`workers`.
     """
 
     #: The virtio device type. Virtio 1.3, section 5.
@@ -60,6 +60,14 @@ class Device:
     #: all. It saves the driver the kick, and the device the time to wake up, and takes up to a whole CPU: the thread
     #: looks for so long as long as requests come within that time, and less and less when none do.
     busy_poll: float = 0.0
+
+    #: Threads beside the device's own, over which the queues that have a handler are spread: queue `i` is worked on by
+    #: thread `i % workers`. With 0 the device's own thread does it all. Handlers of different queues then run at the same
+    #: time, and beside the hooks, :meth:`on_request_error` on the thread of its request: what they share needs a lock. A
+    #: queue without a handler, the hooks, timers and watches stay on the device's thread. At most one for each queue. Not with
+    #: ``async`` handlers, `busy_poll` or a simulation, and the class cannot be changed meanwhile. An instance may decide
+    #: for itself before it is served.
+    workers: int = 0
 
     #: Seconds for which requests that are done may wait for others that came with them, before the driver is notified.
     #: From a millisecond on it does not see one without the other either: that is for drivers that cannot take it.

@@ -367,7 +367,7 @@ impl Session {
     /// The kick descriptor of a queue became readable. The queue should be looked at afterwards.
     pub fn on_kick(&mut self, queue: u16, hooks: &mut dyn Hooks) {
         let Some(vring) = self.vrings.get(usize::from(queue)) else { return };
-        vring.on_kick(|kick| self.events.forget(kick));
+        vring.on_kick(|kick| self.kicks_of(vring).forget(kick));
         if !self.started[usize::from(queue)] && self.waiting.is_none() {
             self.settle(hooks);
         }
@@ -566,7 +566,7 @@ impl Session {
                 self.set_inflight(&files.swap_remove(0), &description, format).map_err(refuse)?;
             }
             M::SetVringKick(_) => {
-                let events = Arc::clone(&self.events);
+                let events = Arc::clone(self.kicks_of(self.vring(queue)));
                 let mut watched = Ok(());
                 self.lacks_kicks |= files.is_empty();
                 self.vring(queue).set_kick(
@@ -925,7 +925,7 @@ impl Session {
     fn after_drain(&mut self, then: Then, queues: &[u16], hooks: &mut dyn Hooks) -> Result<(), Error> {
         match then {
             Then::ReplyVringBase { request, queue } => {
-                let events = Arc::clone(&self.events);
+                let events = self.kicks_of(self.vring(queue));
                 let base = self.vring(queue).stop(|kick: &Kick| events.forget(kick));
                 self.look_at_sharers();
                 // The last one: nothing is sent after the answer.
@@ -990,7 +990,7 @@ impl Session {
     fn forget_everything(&mut self) {
         self.events.forget(&self.connection);
         for vring in self.vrings.iter() {
-            vring.disconnect(|kick| self.events.forget(kick));
+            vring.disconnect(|kick| self.kicks_of(vring).forget(kick));
         }
         self.channel.disconnect();
         self.inflight = None;
@@ -1065,6 +1065,11 @@ impl Session {
         if std::mem::take(&mut self.started[usize::from(queue)]) {
             hooks.queue_stopping(queue);
         }
+    }
+
+    /// The loop that hears of the kicks of a queue.
+    fn kicks_of<'a>(&'a self, vring: &'a Vring) -> &'a Arc<EventLoop> {
+        vring.worker().unwrap_or(&self.events)
     }
 
     fn vring(&self, queue: u16) -> &Vring {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::channel::{Channel, Notification};
-use super::event_loop::Wakeup;
+use super::event_loop::{EventLoop, Wakeup};
 use super::notification::{Call, Kick, Kicked};
 use super::translation::Translation;
 use crate::error::RingError;
@@ -214,6 +214,8 @@ pub struct Vring {
     generation: AtomicU64,
     /// Told when the last request in flight is done and somebody waits for that.
     wakeup: Wakeup,
+    /// Who hears of its kicks, if that is not the session's loop.
+    worker: Option<Arc<EventLoop>>,
     pub statistics: Statistics,
 }
 
@@ -246,8 +248,26 @@ impl Vring {
             inner: Mutex::new(inner),
             generation: AtomicU64::new(0),
             wakeup,
+            worker: None,
             statistics: Statistics::default(),
         }
+    }
+
+    /// The same, with kicks that `worker` is to hear of, and not the session's loop.
+    #[must_use]
+    pub fn kicking(self, worker: Arc<EventLoop>) -> Self {
+        Self { worker: Some(worker), ..self }
+    }
+
+    /// Whether another loop than the session's hears of its kicks.
+    #[must_use]
+    pub fn has_worker(&self) -> bool {
+        self.worker.is_some()
+    }
+
+    /// The loop that hears of its kicks, if it is not the session's.
+    pub(super) fn worker(&self) -> Option<&Arc<EventLoop>> {
+        self.worker.as_ref()
     }
 
     #[must_use]
@@ -467,7 +487,7 @@ impl Vring {
     // --- What the session does ------------------------------------------------------------------------------------
 
     /// The kick descriptor became readable. One that will never be useful again is handed to `retire`.
-    pub(super) fn on_kick(&self, retire: impl FnOnce(&Kick)) {
+    pub fn on_kick(&self, retire: impl FnOnce(&Kick)) {
         let mut inner = self.lock();
         let Some(KickSource::Descriptor(kick)) = &mut inner.kick else { return };
         match kick.consume() {

@@ -15,6 +15,7 @@ use super::batch::{Failures, Origin, PATIENCE, Workspace};
 use super::errors::{self, to_python};
 use super::extensions::duplicate;
 use super::request::{Request, Source, overflow};
+use super::worker::Worker;
 use crate::backend::{
     Channel, ConfigSpace, Direction, Event, EventLoop, Filled, Flow, Granted, Hooks, Interest, Profile, Session, Taken,
     Token, Vring, VringStatus,
@@ -63,6 +64,12 @@ pub struct Backend {
     watchers: Mutex<Callbacks>,
     timers: Mutex<HashMap<u64, Py<PyAny>>>,
     soon: Mutex<Vec<Py<PyAny>>>,
+    /// Threads beside the loop's, over which the queues with a handler are spread.
+    workers: Vec<Worker>,
+    /// Queues that were kicked on a worker although they do not run: only the session can say what that means.
+    kicked: Mutex<Vec<u16>>,
+    /// What a handler on a worker raised that means the end.
+    fatal: Mutex<Option<PyErr>>,
     /// Queues that broke while another thread took from them.
     broken: Mutex<Vec<(u16, RingError)>>,
     next_watcher: AtomicU32,
@@ -111,6 +118,8 @@ impl Offer {
 #[pymethods]
 impl Backend {
     #[new]
+    #[pyo3(signature = (runtime, queue_sizes, max_requests, handlers, offer, config, workers = 0))]
+    #[expect(clippy::too_many_arguments, reason = "each is a part of what a device is, and none goes with another")]
     fn new(
         runtime: Py<PyAny>,
         queue_sizes: Vec<u16>,
@@ -118,6 +127,7 @@ impl Backend {
         handlers: Handlers,
         offer: Offer,
         config: Vec<u8>,
+        workers: usize,
         py: Python<'_>,
     ) -> PyResult<Self> {
         if queue_sizes.len() != handlers.len() || queue_sizes.len() != max_requests.len() {
@@ -128,11 +138,18 @@ impl Backend {
         }
         super::choose_log_level(py)?;
         let events = Arc::new(EventLoop::new().map_err(|error| to_python(py, error))?);
+        let workers = (0..workers).map(|_| Worker::new()).collect::<Result<Vec<_>, _>>();
+        let workers = workers.map_err(|error| to_python(py, error))?;
         let vrings = (0u16..)
             .zip(queue_sizes.iter().zip(max_requests))
             .map(|(index, (size, max_bytes))| {
                 let limits = RingLimits { max_bytes, ..RingLimits::default() };
-                Arc::new(Vring::new(index, *size, limits, events.wakeup()))
+                let vring = Vring::new(index, *size, limits, events.wakeup());
+                let is_handled = handlers.get(usize::from(index)).is_some_and(Option::is_some);
+                match worker_of(&workers, index).filter(|_| is_handled) {
+                    Some(worker) => Arc::new(vring.kicking(Arc::clone(worker.events()))),
+                    None => Arc::new(vring),
+                }
             })
             .collect();
         let workspaces = queue_sizes.iter().map(|_| Workspace::default()).collect();
@@ -152,6 +169,9 @@ impl Backend {
             watchers: Mutex::default(),
             timers: Mutex::default(),
             soon: Mutex::default(),
+            workers,
+            kicked: Mutex::default(),
+            fatal: Mutex::default(),
             broken: Mutex::default(),
             next_watcher: AtomicU32::new(0),
             connected: AtomicBool::new(false),
@@ -235,6 +255,22 @@ impl Backend {
     fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.events.wakeup().wake();
+    }
+
+    /// Be the worker `index` of the device, on this thread, until :meth:`stop_workers`. What goes wrong ends the loop.
+    fn work(&self, py: Python<'_>, index: usize) -> PyResult<()> {
+        let worker = self.workers.get(index);
+        let worker =
+            worker.ok_or_else(|| PyIndexError::new_err(format!("there are {} workers", self.workers.len())))?;
+        if let Err(error) = worker.run(py, self) {
+            self.end_with(to_python(py, error));
+        }
+        Ok(())
+    }
+
+    /// End the workers, each after the requests that it has begun with. From any thread.
+    fn stop_workers(&self) {
+        self.workers.iter().for_each(Worker::stop);
     }
 
     /// Whether a front-end is connected.
@@ -475,6 +511,33 @@ impl Backend {
         to_python(py, Error::Ring { queue: vring.index(), reason })
     }
 
+    /// A worker, whose loop is `events`, heard of a kick of its `queue`.
+    pub(super) fn kicked(&self, queue: u16, events: &EventLoop) {
+        let Some(vring) = self.vrings.get(usize::from(queue)) else { return };
+        vring.on_kick(|kick| events.forget(kick));
+        if !vring.is_active() {
+            lock(&self.kicked).push(queue);
+            self.wake();
+        }
+    }
+
+    /// Raise `error` on the loop's thread.
+    pub(super) fn end_with(&self, error: PyErr) {
+        let later = lock(&self.fatal).replace(error);
+        drop(later);
+        self.wake();
+    }
+
+    /// Make the loop look at everything.
+    pub(super) fn wake(&self) {
+        self.events.wakeup().wake();
+    }
+
+    /// The thread for a queue, if that is not the loop's.
+    fn worker(&self, vring: &Vring) -> Option<&Worker> {
+        worker_of(&self.workers, vring.index()).filter(|_| vring.has_worker())
+    }
+
     fn polls(&self) -> bool {
         self.busy_poll.load(Ordering::Relaxed) > 0
     }
@@ -528,6 +591,9 @@ impl Backend {
             (events, if long_enough { pending } else { Vec::new() })
         };
         let mut turn = Turn { backend: self, py, fatal: py.check_signals().err() };
+        if !self.workers.is_empty() {
+            turn.hear_workers();
+        }
         turn.call_soon();
         turn.report_broken();
         for event in events.drain(..) {
@@ -578,7 +644,29 @@ pub(super) struct Turn<'a, 'py> {
     fatal: Option<PyErr>,
 }
 
-impl<'py> Turn<'_, 'py> {
+impl<'a, 'py> Turn<'a, 'py> {
+    pub(super) fn new(backend: &'a Backend, py: Python<'py>) -> Self {
+        Self { backend, py, fatal: None }
+    }
+
+    /// What is to be raised after the turn.
+    pub(super) fn into_fatal(self) -> Option<PyErr> {
+        self.fatal
+    }
+
+    /// What workers leave to the loop.
+    fn hear_workers(&mut self) {
+        if let Some(error) = lock(&self.backend.fatal).take() {
+            self.fatal.get_or_insert(error);
+        }
+        for queue in std::mem::take(&mut *lock(&self.backend.kicked)) {
+            self.with_session(|session, hooks| {
+                session.on_kick(queue, hooks);
+                Ok(Flow::Continue)
+            });
+        }
+    }
+
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Ready { token: Token::Session, .. } => {
@@ -659,9 +747,28 @@ impl<'py> Turn<'_, 'py> {
         self.tell("session_ended", (reason,));
     }
 
-    /// Handle what is available on a queue, up to a batch.
+    /// Handle what is available on a queue, up to a batch, or let its worker do so.
     fn process(&mut self, queue: u16) {
         let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return };
+        if let Some(worker) = self.backend.worker(vring) {
+            if vring.available() > 0 {
+                lock(&self.backend.inner).polls_in_vain = 0;
+            }
+            worker.hand_over(queue);
+            return;
+        }
+        let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
+        let again = self.work(queue, &mut workspace);
+        let mut inner = lock(&self.backend.inner);
+        inner.workspaces[usize::from(queue)] = workspace;
+        if again && !inner.pending.contains(&queue) {
+            inner.pending.push(queue);
+        }
+    }
+
+    /// Handle what is available on a queue of this thread, up to a batch. Returns whether there may be more.
+    pub(super) fn work(&mut self, queue: u16, workspace: &mut Workspace) -> bool {
+        let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return false };
         let handler = lock(&self.backend.handlers)
             .get(usize::from(queue))
             .and_then(|handler| handler.as_ref().map(|handler| handler.clone_ref(self.py)));
@@ -670,10 +777,9 @@ impl<'py> Turn<'_, 'py> {
             if vring.available() > 0 {
                 self.tell("buffers_available", (queue,));
             }
-            return;
+            return false;
         };
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
-        let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
         let begin = Instant::now();
         let mut handled = false;
         loop {
@@ -686,7 +792,7 @@ impl<'py> Turn<'_, 'py> {
                 Taken::Nothing | Taken::NotRunning => break,
                 Taken::Broken(error) => {
                     lock(&self.backend.broken).push((queue, error));
-                    self.report_broken();
+                    self.backend.wake();
                     break;
                 }
             }
@@ -696,16 +802,11 @@ impl<'py> Turn<'_, 'py> {
             }
         }
         workspace.notify(vring);
-        // The driver is asked to kick when nothing is left: by a ring that is being polled, later.
-        let again = handled && (self.backend.polls() || vring.rest());
-        let mut inner = lock(&self.backend.inner);
         if handled {
-            inner.polls_in_vain = 0;
+            lock(&self.backend.inner).polls_in_vain = 0;
         }
-        if again && !inner.pending.contains(&queue) {
-            inner.pending.push(queue);
-        }
-        inner.workspaces[usize::from(queue)] = workspace;
+        // The driver is asked to kick when nothing is left: by a ring that is being polled, later.
+        handled && (self.backend.polls() || vring.rest())
     }
 
     /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
@@ -850,6 +951,11 @@ fn with_traceback(py: Python<'_>, error: &PyErr) -> Py<PyBaseException> {
 
 fn is_fatal(py: Python<'_>, error: &PyErr) -> bool {
     !error.is_instance_of::<pyo3::exceptions::PyException>(py)
+}
+
+/// The thread for the queue `index`, if it has a handler and there are any.
+fn worker_of(workers: &[Worker], index: u16) -> Option<&Worker> {
+    usize::from(index).checked_rem(workers.len()).and_then(|at| workers.get(at))
 }
 
 fn borrow(fd: &i32) -> PyResult<std::os::fd::BorrowedFd<'_>> {

@@ -17,6 +17,7 @@ mod load;
 mod request;
 mod reservation;
 mod together;
+mod worker;
 
 pub use backend::Backend;
 pub use batch::BatchHandler;
