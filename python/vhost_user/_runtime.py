@@ -280,7 +280,9 @@ class Runtime:
         if self.has_coroutines:
             raise DeclarationError(f"{self._name} has async handlers, which run in the asyncio loop: workers must be 0")
         if self.conductor:
-            raise DeclarationError(f"{self._name} is in a simulation, where one thing happens at a time: workers must be 0")
+            raise DeclarationError(
+                f"{self._name} is in a simulation, where one thing happens at a time: workers must be 0"
+            )
         if device.busy_poll:
             raise DeclarationError(f"{self._name} has workers, which do not poll: busy_poll must be 0, or workers")
 
