@@ -62,11 +62,11 @@ class Device:
     busy_poll: float = 0.0
 
     #: Threads beside the device's own, over which the queues that have a handler are spread: queue `i` is worked on by
-    #: thread `i % workers`. With 0 the device's own thread does it all. Handlers of different queues then run at the same
-    #: time, and beside the hooks, :meth:`on_request_error` on the thread of its request: what they share needs a lock. A
-    #: queue without a handler, the hooks, timers and watches stay on the device's thread. At most one for each queue.
-    #: Not with ``async`` handlers, `busy_poll` or a simulation, and the class cannot be changed meanwhile. An instance
-    #: may decide for itself before it is served.
+    #: thread `i % workers`. With 0 the device's own thread does it all. Handlers of different queues then run at the
+    #: same time, and beside the hooks, :meth:`on_request_error` on the thread of its request: what they share needs a
+    #: lock. A queue without a handler, the hooks, timers and watches stay on the device's thread. At most one for each
+    #: queue. Not with ``async`` handlers, `busy_poll` or a simulation, and the class cannot be changed meanwhile. An
+    #: instance may decide for itself before it is served.
     workers: int = 0
 
     #: Seconds for which requests that are done may wait for others that came with them, before the driver is notified.
