@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use super::crash;
 use super::mapping::Mapping;
 use super::snapshot::{Segment, Snapshot};
 use crate::error::Error;
@@ -53,6 +54,7 @@ impl DirtyLog {
             // front-end may clear bits of it at the same time: hence an atomic, and nothing of ours has another view.
             let byte = unsafe { AtomicU8::from_ptr(self.mapping.start().add((page / 8) as usize).as_ptr()) };
             byte.fetch_or(1 << (page % 8), Ordering::Release);
+            crash::point();
         }
     }
 

@@ -11,6 +11,7 @@
 //! each region says so, and nothing here has to know.
 
 pub mod access;
+pub(crate) mod crash;
 mod fault;
 mod iotlb;
 mod log;

@@ -4,7 +4,6 @@
 //! Virtio 1.3, sections 2.6 to 2.8.
 
 mod chain;
-mod crash;
 mod driver;
 mod endian;
 mod inflight;

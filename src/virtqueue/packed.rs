@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use super::chain::{Chain, Draft, Used};
-use super::crash;
 use super::inflight::{Copied, InflightSlot, PackedRecord, Recovered};
 use super::order::Order;
 use super::ring::{
@@ -18,6 +17,7 @@ use super::ring::{
 use super::walk::{Walk, chain_too_long, words};
 use crate::error::RingError;
 use crate::memory::Snapshot;
+use crate::memory::crash;
 
 /// Of a descriptor's flags: whether it is available, or used, in the rounds in which the wrap counter is 1.
 pub(super) const AVAIL: u16 = 1 << 7;
@@ -594,6 +594,7 @@ impl PackedRing {
         // SAFETY: as in `driver_events`.
         let events = unsafe { AtomicU32::from_ptr(self.common.parts.used.cast().as_ptr()) };
         events.store(suppression.to_le(), Ordering::Relaxed);
+        crash::point();
     }
 }
 

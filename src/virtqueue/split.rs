@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::{Chain, Draft, Used};
-use super::crash;
 use super::endian::Endian;
 use super::inflight::{InflightSlot, SplitRecord};
 use super::order::Order;
@@ -19,6 +18,7 @@ use super::ring::{
 use super::walk::{Walk, chain_too_long, words};
 use crate::error::RingError;
 use crate::memory::Snapshot;
+use crate::memory::crash;
 
 pub(super) const AVAIL_NO_INTERRUPT: u16 = 1;
 pub(super) const USED_NO_NOTIFY: u16 = 1;
@@ -275,6 +275,7 @@ impl<E: Endian> Ring for SplitRing<E> {
         // With EVENT_IDX the event index of the past does that by itself.
         if !self.common.options.event_idx {
             self.used_flags().store(E::u16(USED_NO_NOTIFY), Ordering::Relaxed);
+            crash::point();
         }
     }
 
@@ -284,6 +285,7 @@ impl<E: Endian> Ring for SplitRing<E> {
         } else {
             self.used_flags().store(0, Ordering::Relaxed);
         }
+        crash::point();
         // Either the driver sees the request, or we see its entry.
         fence(Ordering::SeqCst);
         Ok(self.available()? > 0)

@@ -25,9 +25,9 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 pub(super) use packed::{Copied, PackedRecord, Recovered};
 pub(super) use split::SplitRecord;
 
-use super::crash;
 use crate::error::{Error, RingError};
 use crate::memory::Snapshot;
+use crate::memory::crash;
 use crate::protocol::{Inflight, Region};
 
 /// Records begin at multiples of this.

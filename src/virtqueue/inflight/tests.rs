@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::super::crash::survive;
 use super::super::packed::Position;
 use super::super::{
     Big, Chain, Driver, Element, Little, PackedDriver, PackedRing, Ring, RingAddresses, RingLimits, RingOptions,
     SplitDriver, SplitRing, Used,
 };
 use super::*;
+use crate::memory::crash::survive;
 
 const USER: u64 = 0x7000_0000_0000;
 const SIZE: u16 = 8;

@@ -1,21 +1,22 @@
 //! Where a process may be killed: after each store that another process can see.
 //!
-//! Tests let it die there; nothing of this is in other builds.
+//! Tests let it die there, or look at what the other process sees; nothing of this is in other builds.
 
 #[cfg(not(test))]
 #[inline(always)]
-pub(super) fn point() {}
+pub(crate) fn point() {}
 
 #[cfg(test)]
-pub(super) use at::{point, survive};
+pub(crate) use at::{point, survive, watch};
 
 #[cfg(test)]
 mod at {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
     thread_local! {
         static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
+        static WATCHER: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
     }
 
     struct Killed;
@@ -29,6 +30,11 @@ mod at {
             Some(left) => LEFT.set(Some(left - 1)),
             None => {}
         }
+        // Taken away meanwhile: what it does has no points of its own.
+        if let Some(mut watcher) = WATCHER.take() {
+            watcher();
+            WATCHER.set(Some(watcher));
+        }
     }
 
     /// Do `work`, unless it is killed at the point number `after`, from 0 on. None if it was.
@@ -41,5 +47,13 @@ mod at {
             Err(reason) if reason.is::<Killed>() => None,
             Err(reason) => resume_unwind(reason),
         }
+    }
+
+    /// Do `work`, and call `watcher` at each point of it.
+    pub fn watch<T>(watcher: impl FnMut() + 'static, work: impl FnOnce() -> T) -> T {
+        WATCHER.set(Some(Box::new(watcher)));
+        let outcome = work();
+        WATCHER.set(None);
+        outcome
     }
 }
