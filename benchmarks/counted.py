@@ -19,8 +19,8 @@ from raw import PROTOCOL_FEATURES, VERSION_1, FrontEnd, Memory, Ring
 from vhost_user.devices.blk import HEADER, Blk
 
 BATCH = 256
-CHAINS = 20 * BATCH
-SIZE = 8192
+CHAINS = 80 * BATCH
+SIZE = 32768
 BLOCK = 4096
 
 

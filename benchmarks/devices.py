@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import sys
 from collections.abc import Callable
@@ -67,6 +68,19 @@ class PollingBlk(Blk):
     busy_poll = 0.001
 
 
+class Digest(vu.Device, device_id=0x1000):
+    """Work that lets go of the interpreter, on two queues."""
+
+    requestqs = vu.Queue.many(2)
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    @requestqs.handler
+    def handle(self, request: vu.Request) -> None:
+        request.write(hashlib.sha256(request.read()).digest())
+
+
 class Sink(vu.Device, device_id=vu.DeviceId.NET):
     """Takes packets, as many at once as there are."""
 
@@ -100,6 +114,7 @@ DEVICES: dict[str, Callable[..., vu.Device]] = {
     "polling-blk": PollingBlk,
     "null": lambda: Null(1 << 30),
     "polling-null": lambda: PollingNull(1 << 30),
+    "digest": lambda workers: Digest(int(workers)),
     "sink": Sink,
     "source": lambda batch: Source(int(batch)),
 }

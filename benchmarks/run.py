@@ -93,13 +93,13 @@ progress = Progress()
 # --- Servers ----------------------------------------------------------------------------------------------------------
 
 
-def spawn(command: Sequence[str | Path], core: int) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str | Path], core: int | str) -> subprocess.Popen[bytes]:
     pinned = ["taskset", "--cpu-list", str(core), *(str(part) for part in command)]
     return subprocess.Popen(pinned, stdin=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str | Path], path: Path, core: int = SERVER) -> Iterator[subprocess.Popen[bytes]]:
+def serving(command: Sequence[str | Path], path: Path, core: int | str = SERVER) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server that listens at `path`, in the block."""
     path.unlink(missing_ok=True)
     with spawn(command, core) as process:
@@ -127,7 +127,7 @@ class Opponents:
         self._count += 1
         return self.folder / f"{self._count}.sock"
 
-    def ours(self, name: str, *arguments: str | Path, core: int = SERVER) -> Server:
+    def ours(self, name: str, *arguments: str | Path, core: int | str = SERVER) -> Server:
         path = self.socket()
         return Server(path, [sys.executable, HERE / "devices.py", name, path, *arguments], core)
 
@@ -153,7 +153,8 @@ class Opponents:
 class Server:
     path: Path
     command: list[str | Path]
-    core: int
+    #: Or several, as in "0,1".
+    core: int | str
 
     def running(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         return serving(self.command, self.path, self.core)
@@ -167,6 +168,7 @@ def take_turns(
     workload: bench.Disk | bench.Chain,
     *,
     depth: int,
+    queues: int = 1,
     poll: bool = False,
     seconds: float = SECONDS,
 ) -> list[list[bench.Run]]:
@@ -177,15 +179,17 @@ def take_turns(
             stack.enter_context(server.running())
         for _ in range(RUNS):
             for server, own in zip(servers, runs, strict=True):
-                own.append(_measure(server, workload, depth, poll, seconds))
+                own.append(_measure(server, workload, depth, poll, seconds, queues))
     return runs
 
 
-def _measure(server: Server, workload: bench.Disk | bench.Chain, depth: int, poll: bool, seconds: float) -> bench.Run:
+def _measure(
+    server: Server, workload: bench.Disk | bench.Chain, depth: int, poll: bool, seconds: float, queues: int = 1
+) -> bench.Run:
     deadline = time.monotonic() + 10
     while True:
         try:
-            return bench.measure(server.path, workload, seconds=seconds, depth=depth, poll=poll)
+            return bench.measure(server.path, workload, seconds=seconds, depth=depth, poll=poll, queues=queues)
         except (ConnectionError, vu.PeerClosed):
             # A server that serves one after the other may not be ready for the next.
             if time.monotonic() > deadline:
@@ -344,6 +348,17 @@ def _burst(name: str, runs: Sequence[bench.Run], target: float | None) -> Row:
     return Row("bursts", name, "M/s a core", [1000 / value for value in server_ns(runs) if value], target)
 
 
+def workers(opponents: Opponents) -> Iterator[Row]:
+    """The device gets every processor, and the load, which has little to do, one of them."""
+    if len(CORES) < 2:
+        raise Missing("two workers need two processors")
+    every = ",".join(map(str, CORES))
+    servers = [opponents.ours("digest", str(count), core=every) for count in (1, 2)]
+    one, two = take_turns(servers, bench.Chain(readable=(1 << 18,), writable=(32,)), depth=4, queues=2)
+    name = "two queues on two workers / on one, a handler that lets go of the interpreter"
+    yield Row("workers", name, "x", ratio(iops(two), iops(one)), 1.7)
+
+
 def start(opponents: Opponents) -> Iterator[Row]:
     bare, importing, connecting = [], [], []
     for _ in range(3 * RUNS):
@@ -410,6 +425,7 @@ GROUPS: dict[str, Rows] = {
     "latency": latency,
     "kick to call": kick_to_call,
     "bursts": bursts,
+    "workers": workers,
     "start": start,
     "memory": memory,
 }
