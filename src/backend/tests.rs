@@ -14,7 +14,7 @@ use crate::memory::crash::watch;
 use crate::memory::{DirtyLog, PAGE_SIZE, Snapshot};
 use crate::protocol::{Log, Region};
 use crate::virtqueue::{
-    Big, Driver, Element, Little, PackedDriver, RingAddresses, RingLimits, RingOptions, SplitDriver, Used,
+    Big, Chain, Driver, Element, Little, PackedDriver, RingAddresses, RingLimits, RingOptions, SplitDriver, Used,
 };
 
 const USER: u64 = 0x7000_0000_0000;
@@ -115,6 +115,15 @@ impl Migration {
             self.seen += 1;
         }
     }
+
+    /// Whether the other side has everything.
+    fn check(&self, when: &str) {
+        for page in 0..PAGES {
+            let start = page * PAGE_SIZE as usize;
+            let ours = content(&self.memory, start, PAGE_SIZE as usize);
+            assert!(self.copy[start..start + ours.len()] == ours, "page {page} was written to after its mark: {when}");
+        }
+    }
 }
 
 /// A device that logs everything, and has begun.
@@ -134,24 +143,39 @@ fn device(migration: &Migration, memory: &Arc<Snapshot>, options: RingOptions, b
     vring
 }
 
-/// Take what there is, and answer it: first one request, then the others. Or the ring may not be touched until all are
-/// done.
-fn work(vring: &Vring, memory: &Arc<Snapshot>, held: bool) {
-    let (mut chains, mut spare) = (Vec::new(), Vec::new());
-    let Taken::Chains(run) = vring.take(usize::from(SIZE), &mut chains, &mut spare) else { panic!("no chains") };
-    assert_eq!(chains.len(), usize::from(REQUESTS));
-    let mut used = Vec::new();
-    for (number, chain) in (0..).zip(&chains) {
-        // SAFETY: `run` keeps the snapshot under which the chain was filled.
+/// How a device gives back what it took.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// First one request, then the others.
+    AtOnce,
+    /// The ring may not be touched until all are done.
+    Held,
+    /// Taken, written to and given back in one go.
+    Filled,
+}
+
+/// Take what there is, and answer it.
+fn work(vring: &Vring, memory: &Arc<Snapshot>, way: Way) {
+    let mut number = 0;
+    let mut write = |chain: &Chain| {
+        // SAFETY: `memory` is the snapshot under which the chain was filled.
         assert_eq!(unsafe { chain.write(0, &answer(number)) }, 64);
-        used.push(Used { head: chain.head(), written: 64 });
+        number += 1;
+        64
+    };
+    if let Way::Filled = way {
+        assert_eq!(vring.fill(usize::from(SIZE), |chain| Some(write(chain))).count, usize::from(REQUESTS));
+        return;
     }
-    vring.set_enabled(!held);
+    let mut chains = Vec::new();
+    let Taken::Chains(run) = vring.take(usize::from(SIZE), &mut chains, &mut Vec::new()) else { panic!("no chains") };
+    assert_eq!(chains.len(), usize::from(REQUESTS));
+    let used: Vec<_> = chains.iter().map(|chain| Used { head: chain.head(), written: write(chain) }).collect();
+    vring.set_enabled(!matches!(way, Way::Held));
     assert!(vring.complete(&run, &used[..1], &chains[..1]));
     assert!(vring.complete(&run, &used[1..], &chains[1..]));
     vring.set_enabled(true);
     vring.try_start(memory).unwrap();
-    assert!(matches!(vring.take(1, &mut chains, &mut spare), Taken::Nothing | Taken::NotRunning));
 }
 
 /// Every ring format, both ways to suppress notifications, and rings that begin at 0 or go over their end.
@@ -168,22 +192,29 @@ fn rings() -> impl Iterator<Item = (RingOptions, u32)> {
 #[test]
 fn data_is_marked_before_the_driver_knows_of_it_and_the_ring_after_it_was_written_to() {
     for (options, base) in rings() {
-        for held in [false, true] {
+        for way in [Way::AtOnce, Way::Held, Way::Filled] {
             let migration = Migration::begin(options, base);
             let memory = map(&migration.memory);
             let vring = device(&migration, &memory, options, base);
             let migration = Rc::new(RefCell::new(migration));
-            let watcher = Rc::clone(&migration);
-            watch(move || watcher.borrow_mut().look(), || work(&vring, &memory, held));
+            let look = || {
+                let migration = Rc::clone(&migration);
+                move || migration.borrow_mut().look()
+            };
+            watch(look(), || work(&vring, &memory, way));
+            {
+                let mut migration = migration.borrow_mut();
+                migration.look();
+                assert_eq!(migration.seen, usize::from(REQUESTS));
+                assert!(migration.looks > usize::from(REQUESTS), "somebody looked in between");
+                migration.check(&format!("{options:?}, {base:#x}, {way:?}"));
+            }
+            // There is nothing more: it asks for kicks.
+            let taken = watch(look(), || vring.take(1, &mut Vec::new(), &mut Vec::new()));
+            assert!(matches!(taken, Taken::Nothing));
             let mut migration = migration.borrow_mut();
             migration.look();
-            assert_eq!(migration.seen, usize::from(REQUESTS));
-            assert!(migration.looks > usize::from(REQUESTS), "somebody looked in between");
-            let content = content(&migration.memory, 0, MEMORY);
-            for page in 0..PAGES {
-                let bytes = page * PAGE_SIZE as usize..(page + 1) * PAGE_SIZE as usize;
-                assert_eq!(migration.copy[bytes.clone()], content[bytes], "page {page}, {options:?}, {base:#x}");
-            }
+            migration.check(&format!("{options:?}, {base:#x}, asking for kicks"));
         }
     }
 }
