@@ -883,7 +883,7 @@ fn a_load_goes_on_for_its_time_and_accounts_for_every_byte() {
             let (frontend, _echo) = connect(1, Frontend::SUPPORTED);
             let queue = start(&frontend, 0, features, QueueOptions { indirect, ..OPTIONS });
             let workload = Workload::Chain { readable: vec![3, 5000], writable: vec![7] };
-            let runtime = Duration::from_millis(50);
+            let runtime = Duration::from_millis(200);
             let options = LoadOptions { runtime, timeout: Duration::from_secs(5), poll };
             let control = Control::default();
             let tally = load(&[&queue], &workload, 16, options, &control).unwrap();
