@@ -29,9 +29,6 @@ TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 TOLERANCE = 0.05
 
 FEW, MANY = 16, 80
-
-#: How often to count before a growth is believed: a thread that is woken up once more than usual only adds to a count.
-TRIES = 3
 BATCH = 256
 
 
@@ -49,7 +46,7 @@ def ring(form: str, descriptors: int) -> float:
 def request(kind: str) -> float:
     """Of a request to a device in Python, but for the driver's part."""
     program = [sys.executable, str(HERE / "counted.py"), kind]
-    few, many = (min(_count([*program, str(batches)]) for _ in range(TRIES)) for batches in (FEW, MANY))
+    few, many = (_count([*program, str(batches)]) for batches in (FEW, MANY))
     return (many - few) / ((MANY - FEW) * BATCH)
 
 

@@ -58,6 +58,9 @@ pub(super) struct Workspace {
     turnaround: Turnaround,
 }
 
+/// With as much patience as this nothing depends on the clock: for who counts instructions.
+const TIMELESS: Duration = Duration::from_secs(600);
+
 /// How many requests of a queue are handled before the others, and the front-end, are looked at.
 #[derive(Debug)]
 struct Share {
@@ -113,7 +116,7 @@ impl Workspace {
         handler: &Py<PyAny>,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
-        let begin = self.share.begin(self.chains.len());
+        let begin = self.share.begin(self.chains.len()).filter(|_| origin.patience < TIMELESS);
         let result = match handler.bind(py).cast::<BatchHandler>() {
             Ok(handler) => self.handle_batch(py, origin, handler.get(), failures),
             Err(_) => self.handle_each(py, origin, handler, failures),
