@@ -119,6 +119,12 @@ def _page(address: int) -> int:
     return address // _PAGE * _PAGE
 
 
+def _must_be_clean(log: Log) -> None:
+    marked = log.take()
+    if marked:
+        fail(f"{_shown(marked)} is marked", "nothing")
+
+
 def _must_have(log: Log, pages: set[int], what: str) -> None:
     marked = log.take()
     missing = pages - marked
@@ -189,9 +195,7 @@ def off(case: Case) -> None:
     log = case.own(Log(ring.memory))
     _set_base(wire, log)
     _perform(case, ring)
-    marked = log.take()
-    if marked:
-        fail(f"{_shown(marked)} is marked", "nothing")
+    _must_be_clean(log)
 
 
 @check("log.switched-off", _MIGRATION, needs=_NEEDS)
@@ -202,9 +206,7 @@ def switched_off(case: Case) -> None:
     _switch(case, wire, ring, False)
     log.take()
     _perform(case, ring)
-    marked = log.take()
-    if marked:
-        fail(f"{_shown(marked)} is marked", "nothing")
+    _must_be_clean(log)
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------

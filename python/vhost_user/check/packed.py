@@ -36,14 +36,8 @@ def odd_size(case: Case) -> None:
 def many_at_once(case: Case) -> None:
     """Requests that were made available with one kick are all completed."""
     _, ring = case.running_packed(size=64)
-    count = 64 // max(1, len(case.exercise.readable) + len(case.exercise.writable))
     for _ in range(2):
-        chains = [ring.add(case.exercise.readable, case.exercise.writable) for _ in range(count)]
-        ring.kick.signal()
-        entries = ring.wait(count, case.timeout)
-        if len(entries) < count:
-            fail(f"{len(entries)} of {count} requests were completed within {case.timeout:g} s", "all of them")
-        case.judge(ring, [(chain.head, ring.data(chain)) for chain in chains], entries)
+        case.perform_together(ring)
 
 
 @check("packed.indirect", "Virtio 1.3, 2.8.7: Indirect Flag: Scatter-Gather Support", needs=f"{_NEEDS} INDIRECT_DESC")

@@ -96,13 +96,7 @@ def index_overflows(case: Case) -> None:
 def many_at_once(case: Case) -> None:
     """Requests that were made available with one kick are all completed, each with its own head."""
     _, ring = case.running(size=64)
-    count = 64 // max(1, len(case.exercise.readable) + len(case.exercise.writable))
-    chains = [ring.add(case.exercise.readable, case.exercise.writable) for _ in range(count)]
-    ring.kick.signal()
-    entries = ring.wait(count, case.timeout)
-    if len(entries) < count:
-        fail(f"{len(entries)} of {count} requests were completed within {case.timeout:g} s", "all of them")
-    case.judge(ring, [(chain.head, ring.data(chain)) for chain in chains], entries)
+    case.perform_together(ring)
 
 
 @check("ring.smallest", "vhost-user: VHOST_USER_SET_VRING_NUM", needs="REPLY_ACK")
