@@ -1157,7 +1157,7 @@ fn fill_from(
     scratch: &mut Chain,
     mut fill: impl FnMut(&Chain) -> Option<u32>,
 ) -> Result<(), RingError> {
-    if max == 0 || !ring.look()? && !ring.enable_kicks()? {
+    if max == 0 || !has_come(ring)? {
         return Ok(());
     }
     ring.disable_kicks();
