@@ -99,6 +99,13 @@ def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(se
     disk.write_bytes(bytes(16 * MIB))
     running, holding = Numbers(), Numbers()
     here, there = [Blk(disk), running, holding], [Blk(disk), Numbers(), Numbers()]
+    # The disk that keeps requests has a split ring, the others packed ones.
+    formats = ["packed=on", "packed=on", ""]
+    for device, properties in zip(here + there, formats * 2, strict=True):
+        device.packed_rings = bool(properties)
+
+    def serve_all(devices: list[Blk]) -> list[tuple[Path, int, str]]:
+        return [(serve(device), device.device_id, its) for device, its in zip(devices, formats, strict=True)]
 
     def some_requests() -> None:
         """Until the devices have filled buffers that were sent before, and one of them keeps requests; or the guest is
@@ -117,10 +124,10 @@ def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(se
         holding.hold()
         wait_for(lambda: holding.holds or is_gone(), 60)
 
-    with Qemu([(serve(device), device.device_id) for device in here]) as source:
+    with Qemu(serve_all(here)) as source:
         source.run(LOAD)
         source.run("until [ -s sums.vdb -a -s sums.vdc ]; do sleep 0.1; done")
-        with source.receiver([(serve(device), device.device_id) for device in there]) as target:
+        with source.receiver(serve_all(there)) as target:
             source.migrate(target, some_requests, timeout=120)
             before = {name: len(sums(target, name)) for name in ("vdb", "vdc")}
             for name, number in before.items():
@@ -128,6 +135,8 @@ def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(se
             ended = "[ -e ended.vda -a -e ended.vdb -a -e ended.vdc ]"
             target.run(f"touch stop; until {ended}; do sleep 0.1; done", timeout=60)
             assert target.run("cat failed").text == ""
+            is_packed = [bool(device.negotiated & vu.TransportFeature.RING_PACKED) for device in there]
+            assert is_packed == [True, True, False]
             # Nobody has read the blocks again that were in memory when the guest moved.
             for name in before:
                 seen = sums(target, name)
