@@ -10,11 +10,12 @@ use rustix::io::{pread, pwrite};
 
 use super::vring::Logging;
 use super::*;
-use crate::memory::crash::watch;
+use crate::memory::crash::{survive, watch};
 use crate::memory::{DirtyLog, PAGE_SIZE, Snapshot};
 use crate::protocol::{Log, Region};
 use crate::virtqueue::{
-    Big, Chain, Driver, Element, Little, PackedDriver, RingAddresses, RingLimits, RingOptions, SplitDriver, Used,
+    Big, Chain, Driver, Element, Format, InflightBuffer, InflightSlot, Little, PackedDriver, RingAddresses, RingLimits,
+    RingOptions, SplitDriver, Used,
 };
 
 const USER: u64 = 0x7000_0000_0000;
@@ -23,8 +24,9 @@ const MEMORY: usize = PAGES * PAGE_SIZE as usize;
 const DATA: u64 = 8 * PAGE_SIZE;
 const SIZE: u16 = 8;
 const REQUESTS: u16 = 6;
+/// What the device writes to lies on two pages: some descriptors, or used entries, are on the second.
 const ADDRESSES: RingAddresses =
-    RingAddresses { descriptors: USER, avail: USER + 2 * PAGE_SIZE, used: USER + 4 * PAGE_SIZE };
+    RingAddresses { descriptors: USER + PAGE_SIZE - 64, avail: USER + 2 * PAGE_SIZE, used: USER + 5 * PAGE_SIZE - 36 };
 
 fn file(length: usize) -> OwnedFd {
     let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
@@ -128,12 +130,24 @@ impl Migration {
 
 /// A device that logs everything, and has begun.
 fn device(migration: &Migration, memory: &Arc<Snapshot>, options: RingOptions, base: u32) -> Vring {
+    device_with_record(migration, memory, options, base, None)
+}
+
+/// Likewise, with a record of what is in flight.
+fn device_with_record(
+    migration: &Migration,
+    memory: &Arc<Snapshot>,
+    options: RingOptions,
+    base: u32,
+    record: Option<InflightSlot>,
+) -> Vring {
     let vring = Vring::new(0, SIZE, RingLimits::default(), EventLoop::new().unwrap().wakeup());
     let description = Log { size: PAGES as u64 / 8, offset: 0 };
     let log = Some(Arc::new(DirtyLog::map(description, &migration.log).unwrap()));
     let logging = Logging { log, buffers: true, call: None };
     vring.set_options(options);
     vring.set_logging(&logging);
+    vring.set_record(record);
     vring.set_size(SIZE.into()).unwrap();
     vring.set_base(base).unwrap();
     vring.set_addresses(ADDRESSES, Some(ADDRESSES.used - USER)).unwrap();
@@ -215,6 +229,39 @@ fn data_is_marked_before_the_driver_knows_of_it_and_the_ring_after_it_was_writte
             let mut migration = migration.borrow_mut();
             migration.look();
             migration.check(&format!("{options:?}, {base:#x}, asking for kicks"));
+        }
+    }
+}
+
+/// Kill a device at the point number `after`, and let another one go on. Returns whether the first one survived.
+fn kill(options: RingOptions, base: u32, way: Way, after: u32) -> bool {
+    let mut migration = Migration::begin(options, base);
+    let memory = map(&migration.memory);
+    let format = if options.packed { Format::Packed } else { Format::Split };
+    let (file, description) = InflightBuffer::create(format, 1, SIZE).unwrap();
+    let record = InflightBuffer::map(&file, &description, format).unwrap();
+    let start = || device_with_record(&migration, &memory, options, base, record.slot(0));
+    let survived = survive(after, || work(&start(), &memory, way)).is_some();
+    start().fill(usize::from(SIZE), |chain| {
+        let number = migration.heads.iter().position(|head| *head == chain.head()).unwrap();
+        // SAFETY: `memory` is the snapshot under which the chain was filled.
+        Some(unsafe { chain.write(0, &answer(number as u16)) } as u32)
+    });
+    migration.look();
+    assert_eq!(migration.seen, usize::from(REQUESTS));
+    migration.check(&format!("{options:?}, {base:#x}, {way:?}, killed after {after}"));
+    survived
+}
+
+#[test]
+fn what_a_killed_device_did_not_mark_of_the_ring_is_marked_by_the_next() {
+    for (options, base) in rings() {
+        for way in [Way::AtOnce, Way::Filled] {
+            let mut after = 0;
+            while !kill(options, base, way, after) {
+                after += 1;
+            }
+            assert!(after > u32::from(REQUESTS), "it could die at many points");
         }
     }
 }

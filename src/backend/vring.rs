@@ -149,6 +149,11 @@ impl Logging {
         }
         Marked(self.call.clone())
     }
+
+    /// Mark all of a ring: who had it before may have been killed between a store and its mark.
+    fn mark_whole_ring(&self, used: Option<u64>, ring: &AnyRing) -> Marked {
+        self.mark_ring(used, ring, &on_ring!(ring, ring => ring.whole()))
+    }
 }
 
 /// Who is to be told of marks, if there are any, after the ring's lock is released.
@@ -702,7 +707,15 @@ impl Vring {
 
     /// Log as `logging` says from now on. When this returns, nothing is marked in the log of before any more.
     pub(super) fn set_logging(&self, logging: &Logging) {
-        let old = std::mem::replace(&mut self.lock().logging, logging.clone());
+        let mut inner = self.lock();
+        let old = std::mem::replace(&mut inner.logging, logging.clone());
+        // QEMU hands the log over when it has started the rings again.
+        let marked = match &inner.state {
+            State::Running { ring, .. } if old.log.is_none() => inner.logging.mark_whole_ring(inner.used_log, ring),
+            _ => Marked::default(),
+        };
+        drop(inner);
+        marked.tell();
         // The last one to let go of a log unmaps it: not with the lock.
         drop(old);
     }
@@ -718,7 +731,7 @@ impl Vring {
             return Err(error);
         }
         let may_touch = inner.may_touch();
-        let Inner { state, size, addresses, options, limits, translation, record, .. } = &mut *inner;
+        let Inner { state, size, addresses, options, limits, translation, record, logging, used_log, .. } = &mut *inner;
         match state {
             State::Broken { .. } => Ok(()),
             State::Running { .. } => {
@@ -737,9 +750,12 @@ impl Vring {
                     .and_then(|ring| if let Some(record) = record { ring.recover(record) } else { Ok(ring) });
                 match started {
                     Ok(ring) => {
+                        let marked = logging.mark_whole_ring(*used_log, &ring);
                         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
                         let run = Arc::new(Run { snapshot: Arc::clone(snapshot), generation });
                         *state = State::Running { ring, run };
+                        drop(inner);
+                        marked.tell();
                         Ok(())
                     }
                     Err(RingError::NotMapped { iova, writable }) => {

@@ -143,6 +143,13 @@ pub trait Ring: Debug + Send {
         Written::Used(0, 6 + 8 * u64::from(self.size()))
     }
 
+    /// All that the device may ever write to.
+    fn whole(&self) -> [Written; 2] {
+        let Common { size, options, .. } = *self.common();
+        let [descriptors, _, used] = part_lengths(size, options);
+        [Written::Used(0, used), Written::Descriptors(0, if options.packed { descriptors } else { 0 })]
+    }
+
     /// Ask the driver not to kick: the ring is being looked at anyway.
     fn disable_kicks(&mut self);
 
