@@ -59,6 +59,28 @@ def test_nobody_listens_at_a_path(tmp_path: Path) -> None:
         vu.Frontend.connect(tmp_path / "nobody.sock")
 
 
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[socket.socket]:
+    """A listener at `crowded.sock` where one connection waits to be accepted, and no other may."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(tmp_path / "crowded.sock"))
+        listener.listen(0)
+        waiting.connect(str(tmp_path / "crowded.sock"))
+        yield listener
+
+
+def test_a_front_end_waits_until_a_back_end_that_is_busy_accepts(crowded: socket.socket) -> None:
+    timer = threading.Timer(SHORT, lambda: crowded.accept()[0].close())
+    timer.start()
+    vu.Frontend.connect(crowded.getsockname(), timeout=LONG).close()
+    timer.join()
+
+
+def test_a_back_end_that_stays_busy_costs_a_deadline(crowded: socket.socket) -> None:
+    with pytest.raises(vu.PeerTimeout, match=r"crowded\.sock: the back-end accepted no connection within 0\.1 s"):
+        vu.Frontend.connect(crowded.getsockname(), timeout=SHORT)
+
+
 def test_a_front_end_listens_for_its_back_end(level: None, tmp_path: Path) -> None:
     path = tmp_path / "listening.sock"
 

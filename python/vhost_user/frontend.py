@@ -110,17 +110,29 @@ class Frontend:
 
         Raises:
             OSError: nobody listens there.
+            PeerTimeout: as many others as may wait there already, and none was accepted within `timeout` seconds.
         """
 
         def open_socket() -> socket.socket:
+            deadline = time.monotonic() + timeout
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.settimeout(timeout)
-                connection.connect(str(path))
-            except OSError as error:
-                connection.close()
-                raise type(error)(error.errno, error.strerror, str(path)) from None
-            return connection
+            connection.settimeout(timeout)
+            while True:
+                try:
+                    connection.connect(str(path))
+                except BlockingIOError:
+                    # Nothing can be polled for until there is room.
+                    if time.monotonic() < deadline:
+                        time.sleep(0.005)
+                        continue
+                    connection.close()
+                    raise PeerTimeout(
+                        f"{path}: the back-end accepted no connection within {timeout} s; is it busy with others?"
+                    ) from None
+                except OSError as error:
+                    connection.close()
+                    raise type(error)(error.errno, error.strerror, str(path)) from None
+                return connection
 
         return cls._opened(open_socket, timeout)
 

@@ -172,6 +172,21 @@ def test_a_back_end_that_makes_its_socket_anew_for_each_connection_is_not_taken_
     assert ended.stdout.endswith("6 checks: 6 pass\n"), ended.stdout + ended.stderr
 
 
+def test_a_back_end_where_as_many_wait_as_may_is_not_taken_for_dead(tmp_path: Path) -> None:
+    path = tmp_path / "crowded.sock"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.connect(str(path))
+        accepted: list[socket.socket] = []
+        timer = threading.Timer(0.1, lambda: accepted.append(listener.accept()[0]))
+        timer.start()
+        with contextlib.closing(Target(str(path))) as target:
+            target.connect().close()
+        timer.join()
+        accepted[0].close()
+
+
 def test_results_are_told_in_every_form(tmp_path: Path) -> None:
     with storage_daemon(tmp_path) as path:
         text = run(path, "--only", "config", "--junit", tmp_path / "junit.xml")

@@ -216,7 +216,7 @@ class Target:
     def _open(self) -> Wire:
         """Connect, with patience for those who make their socket anew for each front-end."""
         patience = min(self.timeout, PATIENCE) if self._was_there or self.command else 0.0
-        deadline = time.monotonic() + patience
+        begin = time.monotonic()
         if self.listens_anew:
             # A connection to the socket before would be cut off.
             wait_until(lambda: self.identity() not in {None, self._last_identity}, patience)
@@ -224,9 +224,11 @@ class Target:
             self._last_identity = self.identity()
             try:
                 wire = Wire.connect(self.path, self.timeout)
-            except (ConnectionRefusedError, FileNotFoundError):
+            except (ConnectionRefusedError, FileNotFoundError, BlockingIOError) as error:
+                # The last of them comes from one that is there, where as many wait to be accepted as may.
+                most = self.timeout if isinstance(error, BlockingIOError) else patience
                 is_dead = self._process is not None and self._process.poll() is not None
-                if is_dead or time.monotonic() > deadline:
+                if is_dead or time.monotonic() > begin + most:
                     raise
                 time.sleep(0.005)
             else:
