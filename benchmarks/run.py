@@ -21,11 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import report
 
 import vhost_user as vu
 from vhost_user import bench
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -173,13 +176,17 @@ def take_turns(
     seconds: float = SECONDS,
 ) -> list[list[bench.Run]]:
     """The runs of each server, A B A B …"""
-    runs: list[list[bench.Run]] = [[] for _ in servers]
+    return _take_turns(servers, lambda server: _measure(server, workload, depth, poll, seconds, queues))
+
+
+def _take_turns(servers: Sequence[Server], measure: Callable[[Server], T]) -> list[list[T]]:
+    runs: list[list[T]] = [[] for _ in servers]
     with contextlib.ExitStack() as stack:
         for server in servers:
             stack.enter_context(server.running())
         for _ in range(RUNS):
             for server, own in zip(servers, runs, strict=True):
-                own.append(_measure(server, workload, depth, poll, seconds, queues))
+                own.append(measure(server))
     return runs
 
 
@@ -197,12 +204,38 @@ def _measure(
             time.sleep(0.02)
 
 
+@dataclass(frozen=True)
+class BlkioRun:
+    """What benchmarks/peer/src/bin/blkio.rs prints."""
+
+    iops: float
+    mean: float
+    p50: float
+
+
+def libblkio(server: Server, *, depth: int, poll: bool) -> BlkioRun:
+    """Random reads of 4 KiB by libblkio, as fio does them."""
+    program = PEER / "blkio"
+    if not program.exists():
+        raise Missing("the load by libblkio was not built: install Rust (rustup.rs), and let cargo reach its registry")
+    command = [str(program), str(server.path), "random", "4096", str(depth), "poll" if poll else "block", str(SECONDS)]
+    deadline = time.monotonic() + 10
+    while True:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            return BlkioRun(**json.loads(done.stdout))
+        # A server that serves one after the other may not be ready for the next.
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the load by libblkio failed: {done.stderr.strip()}")
+        time.sleep(0.02)
+
+
 def ratio(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """How many times the second each of the first is, run by run; a run that has no figure is left out."""
     return [a / b for a, b in zip(first, second, strict=True) if a and b]
 
 
-def iops(runs: Sequence[bench.Run]) -> list[float]:
+def iops(runs: Sequence[bench.Run | BlkioRun]) -> list[float]:
     return [run.iops for run in runs]
 
 
@@ -281,11 +314,13 @@ def disks(opponents: Opponents) -> Iterator[Row]:
     yield _against_qemu("… / qemu-storage-daemon's", large, None)
 
 
-def _against_qemu(name: str, runs: Sequence[Sequence[bench.Run]], target: float | None) -> Row:
+def _against_qemu(
+    name: str, runs: Sequence[Sequence[bench.Run | BlkioRun]], target: float | None, group: str = "disk"
+) -> Row:
     if len(runs) < 3:
         missing = "install qemu-system-common or qemu-utils, whichever has qemu-storage-daemon"
-        return Row("disk", name, "x", target=target, missing=missing)
-    return Row("disk", name, "x", ratio(iops(runs[0]), iops(runs[2])), target)
+        return Row(group, name, "x", target=target, missing=missing)
+    return Row(group, name, "x", ratio(iops(runs[0]), iops(runs[2])), target)
 
 
 def own_disks(opponents: Opponents) -> Iterator[Row]:
@@ -301,6 +336,42 @@ def own_disks(opponents: Opponents) -> Iterator[Row]:
     )
     yield Row("disk", "… / rust-vmm's that moves none", "x", ratio(iops(runs[0]), iops(runs[1])), 0.7)
     yield _against_qemu("… / qemu-storage-daemon's null-co", runs, 1.5)
+
+
+def by_libblkio(opponents: Opponents) -> Iterator[Row]:
+    """The same disks under a load that is not ours. It submits each request by itself."""
+    image = opponents.image
+    file = opponents.ours("blk", image), opponents.rust_vmm(image)
+    yield from _by_libblkio(opponents, "tmpfs file", file, f"driver=file,filename={image},aio=threads", (1.0, 3.0))
+    null = opponents.ours("null"), opponents.rust_vmm()
+    yield from _by_libblkio(
+        opponents, "no data moved", null, f"driver=null-co,read-zeroes=off,size={1 << 30}", (0.7, 1.5)
+    )
+    if len(CORES) < 2:
+        return
+    for name, ours, arguments in (("tmpfs file", "polling-blk", [image]), ("no data moved", "polling-null", [])):
+        servers = [opponents.ours(ours, *arguments), opponents.rust_vmm(*arguments)]
+        each, theirs = ([run.p50 for run in runs] for runs in _turns_of_libblkio(servers, depth=1, poll=True))
+        yield Row("libblkio", f"libblkio, {name}, depth 1, polling", "µs", each)
+        yield Row("libblkio", "… / rust-vmm's", "x", ratio(each, theirs), 1.1, at_least=False)
+
+
+def _by_libblkio(
+    opponents: Opponents, name: str, servers: Sequence[Server], qemu: str, targets: tuple[float, float]
+) -> Iterator[Row]:
+    servers = list(servers)
+    with contextlib.suppress(Missing):
+        servers.append(opponents.qemu(qemu))
+    for how, poll in (("blocking", False), ("polling", True)):
+        runs = _turns_of_libblkio(servers, depth=32, poll=poll)
+        title = f"libblkio, {name}, 4 KiB, depth 32, {how}"
+        yield Row("libblkio", title, "k IOPS", [value / 1000 for value in iops(runs[0])])
+        yield Row("libblkio", "… / rust-vmm's", "x", ratio(iops(runs[0]), iops(runs[1])), targets[0])
+        yield _against_qemu("… / qemu-storage-daemon's", runs, targets[1], "libblkio")
+
+
+def _turns_of_libblkio(servers: Sequence[Server], *, depth: int, poll: bool) -> list[list[BlkioRun]]:
+    return _take_turns(servers, lambda server: libblkio(server, depth=depth, poll=poll))
 
 
 def latency(opponents: Opponents) -> Iterator[Row]:
@@ -422,6 +493,7 @@ GROUPS: dict[str, Rows] = {
     "handlers": handlers,
     "disks": disks,
     "own disks": own_disks,
+    "libblkio": by_libblkio,
     "latency": latency,
     "kick to call": kick_to_call,
     "bursts": bursts,
