@@ -70,7 +70,11 @@ def crowded(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def test_a_front_end_waits_until_a_back_end_that_is_busy_accepts(crowded: socket.socket) -> None:
-    timer = threading.Timer(SHORT, lambda: crowded.accept()[0].close())
+    def accept() -> None:
+        with crowded.accept()[0]:
+            pass
+
+    timer = threading.Timer(SHORT, accept)
     timer.start()
     vu.Frontend.connect(crowded.getsockname(), timeout=LONG).close()
     timer.join()
