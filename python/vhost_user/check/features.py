@@ -90,6 +90,7 @@ def protocol_constant(case: Case) -> None:
 def protocol_first(case: Case) -> None:
     """Protocol features may be negotiated before SET_FEATURES, and SET_OWNER come after them, where QEMU has it."""
     wire = case.connect()
+    wire.ask("GET_FEATURES")
     wire.ask("GET_PROTOCOL_FEATURES")
     wire.send("SET_PROTOCOL_FEATURES", u64(Protocol.REPLY_ACK))
     status = wire.acknowledged("SET_OWNER")

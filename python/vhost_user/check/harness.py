@@ -390,8 +390,11 @@ class Case:
                 protocol |= flag
             else:
                 features |= flag
+        # What is known from another connection is asked again, as front-ends do: rust-vmm's crates acknowledge nothing before.
+        wire.ask("GET_FEATURES")
         wire.send("SET_OWNER")
         if self.facts.has("PROTOCOL_FEATURES"):
+            wire.ask("GET_PROTOCOL_FEATURES")
             wire.protocol = protocol
             self.tell(wire, "SET_PROTOCOL_FEATURES", u64(protocol))
         self.tell(wire, "SET_FEATURES", u64(features & ~without))
