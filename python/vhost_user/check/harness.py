@@ -390,7 +390,7 @@ class Case:
                 protocol |= flag
             else:
                 features |= flag
-        # What is known from another connection is asked again, as front-ends do: rust-vmm's crates acknowledge nothing before.
+        # Known from another connection; but rust-vmm's crates acknowledge nothing before they are asked.
         wire.ask("GET_FEATURES")
         wire.send("SET_OWNER")
         if self.facts.has("PROTOCOL_FEATURES"):
