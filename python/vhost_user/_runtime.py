@@ -55,6 +55,8 @@ class ConfigStorage:
 
     def __init__(self, device: Device) -> None:
         self.space = device._layout.initial()
+        #: Another one after each change.
+        self.version = 0
         self._backend: Backend | None = None
         self._lock = threading.Lock()
         self._quiet = 0
@@ -69,6 +71,7 @@ class ConfigStorage:
     def write(self, offset: int, data: bytes, *, notify: bool = True) -> None:
         with self._lock:
             self.space[offset : offset + len(data)] = data
+            self.version += 1
             if self._backend:
                 self._backend.config_write(offset, data)
         if notify and not self._quiet:

@@ -307,6 +307,36 @@ def test_a_write_is_safe_unless_the_driver_knows_of_the_cache(
     assert disk.flushes == flushes + 1
 
 
+def test_a_disk_that_changes_between_two_requests_is_what_it_is_then(
+    ask: Callable[..., Ask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "no more")
+
+    disk = Cached(MIB)
+    request = ask(disk)
+
+    def outcomes() -> tuple[bytes, bytes, bytes, int]:
+        """Of reads of the first and of the third MiB, of a write, and how often that was flushed."""
+        before, ends = disk.flushes, (0, 2 * MIB // 512)
+        first, third = (request(blk.Type.IN, sector, room=512)[1] for sector in ends)
+        return first, third, request(blk.Type.OUT, 0, bytes(512))[1], disk.flushes - before
+
+    assert outcomes() == (blk.S_OK, blk.S_IOERR, blk.S_OK, 0)
+    disk.resize(4 * MIB)
+    assert outcomes() == (blk.S_OK, blk.S_OK, blk.S_OK, 0)
+    disk.wce = 0
+    assert outcomes() == (blk.S_OK, blk.S_OK, blk.S_OK, 1)
+    disk.read_only = True
+    assert outcomes() == (blk.S_OK, blk.S_OK, blk.S_IOERR, 0)
+    monkeypatch.setattr(disk, "read", fail)
+    assert outcomes() == (blk.S_IOERR, blk.S_IOERR, blk.S_IOERR, 0)
+    monkeypatch.undo()
+    assert outcomes() == (blk.S_OK, blk.S_OK, blk.S_IOERR, 0)
+    monkeypatch.setattr(Blk, "read", fail)
+    assert outcomes() == (blk.S_IOERR, blk.S_IOERR, blk.S_IOERR, 0)
+
+
 def test_a_subclass_that_forgets_data_gives_none_of_the_drivers_memory_for_it(ask: Callable[..., Ask]) -> None:
     class Forgetful(Blk):
         def read(self, request: vu.Request, offset: int, count: int) -> None:

@@ -122,6 +122,9 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     requestqs = Queue.many("num_queues", 128)
 
+    #: What :meth:`_plain_blocks` returned last, and what that depends on.
+    _known_blocks: tuple[tuple[int, int, bool] | None, Blocks | None] = (None, None)
+
     def __init__(
         self,
         storage: Storage,
@@ -213,12 +216,24 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
     @requestqs.blocks
     def _plain_blocks(self) -> Blocks | None:
-        """Where reads and writes go without Python, unless they are somebody's special wish."""
-        if any(getattr(type(self), name) is not ours for name, ours in TRANSFER_METHODS.items()):
+        """Where reads and writes go without Python, unless they are somebody's special wish.
+
+        Asked for each batch, which may be one request: what it depends on is looked at, and nothing is made unless that
+        has changed.
+        """
+        cls, own = type(self), self.__dict__
+        if cls.execute is not EXECUTE or cls.read is not READ or cls.write is not WRITE:
             return None
-        if not TRANSFER_METHODS.keys().isdisjoint(vars(self)):
+        if "execute" in own or "read" in own or "write" in own:
             return None
-        return Blocks(self._fd, self.capacity, not self.read_only and self._has_cache)
+        runtime = self._runtime
+        basis = (runtime.config.version, runtime.negotiated, self.read_only)
+        known, blocks = self._known_blocks
+        if known != basis:
+            blocks = Blocks(self._fd, self.capacity, not self.read_only and self._has_cache)
+            # At once: another worker may be here, too.
+            self._known_blocks = basis, blocks
+        return blocks
 
     @requestqs.handler
     def execute(self, request: Request) -> None:
@@ -324,7 +339,7 @@ class Blk(Device, device_id=DeviceId.BLOCK):
 
 
 #: What a read or a write goes through, and somebody may override or replace.
-TRANSFER_METHODS = {"execute": Blk.execute, "read": Blk.read, "write": Blk.write}
+EXECUTE, READ, WRITE = Blk.execute, Blk.read, Blk.write
 
 
 def _open(storage: Storage, read_only: bool) -> int:
