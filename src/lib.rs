@@ -29,7 +29,7 @@ pub use error::{Error, RingError};
 mod _core {
     #[pymodule_export]
     use super::bindings::{
-        Backend, BatchHandler, Blocks, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer, InflightRecord,
+        Backend, BatchHandler, Blocks, Complaints, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer, InflightRecord,
         LatePages, Load, LoadResult, Memory, MessageInfo, Request, decode, messages, payloads, read_each, unpack_each,
         write_each, write_tail_each,
     };

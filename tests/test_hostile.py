@@ -1055,3 +1055,19 @@ def test_a_flood_of_refused_messages_does_not_fill_the_log(front: FrontEnd, capl
         assert front.ask(Id.SET_VRING_NUM, vring_state(0, 48)) != 0
     seconds = time.monotonic() - before
     assert 20 <= caplog.text.count("refused: SET_VRING_NUM") <= 21 + seconds
+
+
+def test_a_ring_that_breaks_again_and_again_does_not_fill_the_log(
+    front: FrontEnd, device: Witness, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = time.monotonic()
+    ring, _ = two_rings(front, memory)
+    ring.offer(ring.size)
+    front.kick(ring)
+    for times in range(1, 200):
+        wait_until(lambda: len(device.queue_errors) == times, "the ring is broken")  # noqa: B023
+        # It starts anew where it was.
+        front.set_kick(ring)
+    wait_until(lambda: len(device.queue_errors) == 200, "the ring is broken")
+    seconds = time.monotonic() - before
+    assert 20 <= caplog.text.count("the queue is stopped") <= 21 + seconds

@@ -8,9 +8,11 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import vhost_user as vu
+import vhost_user.testing
 from raw import PROTOCOL_FEATURES, VERSION_1, Chain, FrontEnd, Id, Memory, Ring, wait_until
 from specimens import NO_TYPE, Connect, Hold, Reverse, Serve
 
@@ -491,8 +494,41 @@ def test_a_failing_answer_for_a_failed_handler_is_logged_too(
     assert caplog.text.count("ValueError: second") == 2
 
 
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+
+
+def test_a_flood_of_failing_requests_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Clumsy(vu.Device, device_id=NO_TYPE):
+        requestq = vu.Queue()
+
+        @requestq.handler
+        def fail(self, request: vu.Request) -> None:
+            raise ValueError("not today")
+
+        def on_request_error(self, request: vu.Request, error: BaseException) -> None:
+            raise OSError("nor tomorrow")
+
+    device = Clumsy()
+    before = time.monotonic()
+    with vhost_user.testing.connect(device) as frontend:
+        for _ in range(1000):
+            assert frontend.queues[0].request(writable=1) == b""
+        assert device.requestq.statistics.errors == 1000
+        lines = errors(caplog)
+        assert 20 <= len(lines) <= 21 + time.monotonic() - before
+        assert "ValueError: not today" in caplog.text
+        assert "OSError: nor tomorrow" in caplog.text
+        # Whoever fails when the flood is over is logged again, and counts the others.
+        time.sleep(1.1)
+        frontend.queues[0].request(writable=1)
+        lines = errors(caplog)
+    unsaid = sum(map(int, re.findall(r"\(and (\d+) errors before it that were not logged\)", "\n".join(lines))))
+    assert len(lines) + unsaid in (2001, 2002)
+
+
 def test_a_handler_may_complete_its_request_itself_and_fail_afterwards(
-    serve: Serve, connect: Connect, memory: Memory
+    serve: Serve, connect: Connect, memory: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Eager(vu.Device, device_id=NO_TYPE):
         requestq = vu.Queue()
@@ -508,6 +544,8 @@ def test_a_handler_may_complete_its_request_itself_and_fail_afterwards(
     for used in (1, 2, 3):
         assert front.exchange(ring, b"", 8) == b"done"
         assert ring.used_index == used
+    # The driver has its answer before the handler fails.
+    wait_until(lambda: caplog.text.count("ValueError: too late") == 3, "three failures in the log")
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])

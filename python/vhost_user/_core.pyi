@@ -148,6 +148,15 @@ class BatchHandler:
     ) -> BatchHandler: ...
 
 @final
+class Complaints:
+    """Lets the first lines of one kind into a log, and then one in a second."""
+
+    def __new__(cls) -> Complaints: ...
+    def due(self) -> int | None:
+        """How many lines were left out since the last one, if there may be another now; None if there may not, and this
+        one is left out as well."""
+
+@final
 class Blocks:
     """A disk of so many sectors in `file`, which has to stay open. Reads, and with `writes` writes, need nobody else.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import queues
-from ._core import Backend, BatchHandler, ProtocolFeature, Request, TransportFeature
+from ._core import Backend, BatchHandler, Complaints, ProtocolFeature, Request, TransportFeature
 from ._state import Transfer
 from .errors import DeclarationError, StateError, VhostUserError
 from .functions import is_coroutine_function
@@ -126,6 +126,9 @@ class Runtime:
         self._transfer: Transfer | None = None
         #: Who decides when this device does something, if it is not the device's own thread.
         self.conductor: Conductor | None = None
+        #: What drivers can bring about as often as they like.
+        self._failures = Complaints()
+        self._breakages = Complaints()
         #: What ended the only connection that there was to be.
         self._failure: Exception | None = None
 
@@ -222,6 +225,7 @@ class Runtime:
             # Once it is open, a descriptor that was given away is closed whatever happens.
             with endpoint.open() as (listener, connection, address):
                 backend = self._make_backend()
+                self._failures, self._breakages = Complaints(), Complaints()
                 self._once = once or listener is None
                 self._attach(backend)
                 self.address = address
@@ -545,7 +549,7 @@ class Runtime:
         self.device.on_queue_stop(self.queues[index])
 
     def queue_broke(self, index: int, error: str) -> None:
-        logger.error("%s: queue %d: %s; the queue is stopped", self._name, index, error)
+        self._report(self._breakages, "%s: queue %d: %s; the queue is stopped", self._name, index, error)
         self.device.on_queue_error(self.queues[index], error)
 
     def buffers_available(self, index: int) -> None:
@@ -613,16 +617,29 @@ class Runtime:
         self.device.on_reset()
 
     def request_failed(self, index: int, request: Request, error: BaseException) -> None:
-        logger.error("%s: queue %d: the handler failed on %r", self._name, index, request, exc_info=error)
+        text = "%s: queue %d: the handler failed on %r"
+        self._report(self._failures, text, self._name, index, request, error=error)
         if request.completed:
             return
         try:
             self.device.on_request_error(request, error)
-        except Exception:
-            logger.exception("%s: queue %d: on_request_error failed, too", self._name, index)
+        except Exception as second:
+            text = "%s: queue %d: on_request_error failed, too"
+            self._report(self._failures, text, self._name, index, error=second)
 
     def callback_failed(self, what: str, error: BaseException) -> None:
-        logger.error("%s: %s failed", self._name, what, exc_info=error)
+        self._report(self._failures, "%s: %s failed", self._name, what, error=error)
+
+    def _report(
+        self, complaints: Complaints, text: str, *arguments: object, error: BaseException | None = None
+    ) -> None:
+        """Log an error, unless there were too many of its kind just now. The next one tells how many."""
+        unsaid = complaints.due()
+        if unsaid is None:
+            return
+        if unsaid:
+            text, arguments = f"{text} (and %d errors before it that were not logged)", (*arguments, unsaid)
+        logger.error(text, *arguments, exc_info=error)
 
 
 #: Bits of the transport and the rings. Virtio 1.3, section 6.

@@ -1,4 +1,4 @@
-//! Warnings about a peer, which must not be able to fill a log with them.
+//! Lines about what a peer or a driver did, which must not be able to fill a log with them.
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Logs the first lines, and then one in a second, which says how many there were in between.
 #[derive(Debug)]
-pub(super) struct Complaints {
+pub struct Complaints {
     left: u32,
     last: Instant,
     unsaid: u64,
@@ -25,7 +25,7 @@ impl Default for Complaints {
 
 impl Complaints {
     pub(super) fn warn(&mut self, what: impl Display) {
-        match self.next(Instant::now()) {
+        match self.due(Instant::now()) {
             Some(0) => log::warn!("{what}"),
             Some(unsaid) => log::warn!("{what} (and {unsaid} warnings before it that were not logged)"),
             None => {}
@@ -33,7 +33,7 @@ impl Complaints {
     }
 
     /// Whether a line may be logged at `now`, and how many were not since the last one.
-    fn next(&mut self, now: Instant) -> Option<u64> {
+    pub fn due(&mut self, now: Instant) -> Option<u64> {
         let later = now.saturating_duration_since(self.last) >= INTERVAL;
         if self.left == 0 && !later {
             self.unsaid += 1;
@@ -54,7 +54,7 @@ mod tests {
         let mut complaints = Complaints::default();
         let start = complaints.last;
         let logged = |complaints: &mut Complaints, at: Duration, count: usize| {
-            (0..count).filter_map(|_| complaints.next(start + at)).collect::<Vec<_>>()
+            (0..count).filter_map(|_| complaints.due(start + at)).collect::<Vec<_>>()
         };
         assert_eq!(logged(&mut complaints, Duration::ZERO, 1000), [0; BURST as usize]);
         assert_eq!(logged(&mut complaints, Duration::from_millis(999), 10), [0; 0]);

@@ -12,7 +12,7 @@
 //! | `device_state` | the device's own state on its way to another back-end, or from one |
 //! | `postcopy` | guest memory whose pages come when they are touched |
 //! | `extensions` | messages that only some devices take |
-//! | `complaints` | how many warnings a peer is worth |
+//! | `complaints` | how many lines of a log a peer is worth |
 //! | `event_loop` | epoll, timers, and waking the loop from elsewhere |
 //!
 //! Everything runs on the thread that runs the loop, except what says otherwise. Nothing here knows of Python.
@@ -31,6 +31,7 @@ mod translation;
 mod vring;
 
 pub use channel::{Channel, Granted, Notification, Then};
+pub use complaints::Complaints;
 pub use config::ConfigSpace;
 pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
