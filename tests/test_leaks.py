@@ -193,8 +193,10 @@ def killed(script: str, path: Path, meanwhile: Callable[[], object]) -> None:
         process.send_signal(signal.SIGKILL)
 
 
-def test_drivers_that_are_killed_leave_nothing(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_drivers_that_are_killed_leave_nothing(path: Path, tmp_path: Path, workers: int) -> None:
     device = ReverseMany()
+    device.workers = workers
     with device.start(path):
         check_level(tmp_path, 12, lambda _: killed(DRIVER, path, lambda: None), lambda: not device.connected)
         with vu.Frontend.connect(path) as frontend:

@@ -9,7 +9,10 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -23,6 +26,7 @@ from .loop import Loop, Timer, Watch
 if TYPE_CHECKING:
     import asyncio
     from concurrent.futures import Future
+    from types import FrameType
 
     from .config import Field
     from .device import Device
@@ -33,6 +37,9 @@ logger = logging.getLogger("vhost_user.device")
 
 #: Seconds for which a second front-end is kept waiting for the first one to go away.
 PATIENCE = 1.0
+
+#: Seconds after which a device that was told to stop says what it waits for. Requests in flight have five.
+STOP_REMINDER = 8.0
 
 
 class Offer(NamedTuple):
@@ -129,6 +136,9 @@ class Runtime:
         #: What drivers can bring about as often as they like.
         self._failures = Complaints()
         self._breakages = Complaints()
+        #: The threads that may be in a handler, and whether it was said that one of them does not return.
+        self._threads: list[threading.Thread] = []
+        self._reminded = False
         #: What ended the only connection that there was to be.
         self._failure: Exception | None = None
 
@@ -226,6 +236,7 @@ class Runtime:
             with endpoint.open() as (listener, connection, address):
                 backend = self._make_backend()
                 self._failures, self._breakages = Complaints(), Complaints()
+                self._threads, self._reminded = [threading.current_thread()], False
                 self._once = once or listener is None
                 self._attach(backend)
                 self.address = address
@@ -250,6 +261,7 @@ class Runtime:
                         self._transfer.join(PATIENCE)
                         self._transfer = None
                     self._attach(None)
+                    self._threads = []
                     self.device.on_stop()
             failure, self._failure = self._failure, None
             if failure is not None:
@@ -270,11 +282,34 @@ class Runtime:
             for thread in threads:
                 thread.start()
                 started.append(thread)
+            self._threads = [*self._threads, *started]
             yield
         finally:
             backend.stop_workers()
+            self._threads = started
+            since = time.monotonic()
             for thread in started:
+                thread.join(max(since + STOP_REMINDER - time.monotonic(), 0))
+                if thread.is_alive():
+                    self.remind_of_handlers()
                 thread.join()
+
+    def remind_of_handlers(self) -> None:
+        """Say, once, what keeps a device from stopping that was told to :data:`STOP_REMINDER` seconds ago."""
+        if self._reminded:
+            return
+        self._reminded = True
+        frames = sys._current_frames()
+        stacks = [_foreign_calls(frames[thread.ident]) for thread in self._threads if thread.ident in frames]
+        calls = "and what it waits for:\n".join("".join(traceback.format_list(stack)) for stack in stacks if stack)
+        logger.warning(
+            "%s: it was told to stop %g s ago, and waits for a handler or hook to return (requests in flight: %s)%s",
+            self._name,
+            STOP_REMINDER,
+            ", ".join(f"{queue.in_flight} on queue {queue.index}" for queue in self.queues if queue.in_flight)
+            or "none",
+            f":\n{calls}".rstrip() if calls else "",
+        )
 
     def _check_workers(self) -> None:
         device = self.device
@@ -640,6 +675,17 @@ class Runtime:
         if unsaid:
             text, arguments = f"{text} (and %d errors before it that were not logged)", (*arguments, unsaid)
         logger.error(text, *arguments, exc_info=error)
+
+
+def _foreign_calls(frame: FrameType) -> list[traceback.FrameSummary]:
+    """Of what a thread is doing, the calls behind those of this module, or of a thread's own beginning."""
+    stack = traceback.extract_stack(frame)
+    ours = [at for at, call in enumerate(stack) if call.filename == __file__ or _is_beginning(call)]
+    return stack[ours[-1] + 1 :] if ours else list(stack)
+
+
+def _is_beginning(call: traceback.FrameSummary) -> bool:
+    return call.filename == threading.__file__ and call.name == "run"
 
 
 #: Bits of the transport and the rings. Virtio 1.3, section 6.

@@ -10,10 +10,12 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from . import _runtime
 from .errors import AddressInUse, StateError
 
 if TYPE_CHECKING:
@@ -211,15 +213,20 @@ class Server:
     def stop(self) -> None:
         """Stop serving, after requests in flight are done. From any thread but the device's own.
 
+        A handler that does not return keeps it waiting: after some seconds a warning says which.
+
         Raises:
             StateError: this is the device's own thread, which cannot wait for itself, but may call `Device.stop`.
             BaseException: whatever ended the thread before, if anything did.
         """
         if threading.current_thread() is self._thread:
             raise StateError("the device's own thread cannot wait for the device's end; call Device.stop() instead")
+        since = time.monotonic()
         while self.running:
             self.device.stop()
             self._ended.wait(0.05)
+            if time.monotonic() - since > _runtime.STOP_REMINDER and self.running:
+                self.device._runtime.remind_of_handlers()
         self.wait()
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -61,13 +61,17 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
 OPTIONAL = ("packed_rings", "in_order", "in_band", "iommu", "cross_endian", "postcopy")
 
 
-@pytest.mark.parametrize("options", [(), OPTIONAL], ids=["as-it-is", "with-all-options"])
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "options", "workers"),
+    [*((name, options, 0) for name in DEVICES for options in ((), OPTIONAL)), ("blk", OPTIONAL, 2)],
+    ids=lambda value: ("as-it-is", "with-all-options")[bool(value)] if isinstance(value, tuple) else value,
+)
 def test_nothing_of_ours_fails(
-    serve: Serve, caplog: pytest.LogCaptureFixture, name: str, options: tuple[str, ...]
+    serve: Serve, caplog: pytest.LogCaptureFixture, name: str, options: tuple[str, ...], workers: int
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     device = DEVICES[name]()
+    device.workers = workers
     for option in options:
         assert getattr(device, option) is False
         setattr(device, option, True)

@@ -174,3 +174,25 @@ def test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes(
             written = guest.run(STOP, timeout=60).text.split()[0]
             assert "I/O error" not in guest.run("dmesg").text
         assert hashlib.sha256(disk.image.read_bytes()[: 4 * 65536]).hexdigest() == written
+
+
+@pytest.mark.timeout(240)
+def test_two_queues_of_a_disk_are_worked_on_by_two_threads_until_qemu_is_killed(serve: Serve) -> None:
+    disk = Blk(16 * MIB, num_queues=2)
+    disk.workers = 2
+
+    def wait_for_requests(number: int) -> None:
+        enough = [queue.statistics.requests + number for queue in disk.requestqs]
+        wait_for(lambda: all(q.statistics.requests > n for q, n in zip(disk.requestqs, enough, strict=True)), 60)
+
+    with Qemu([(serve(disk), vu.DeviceId.BLOCK, "num-queues=2")], cpus=2) as guest:
+        guest.run(WRITE_AND_VERIFY)
+        wait_for_requests(100)
+        written = guest.run(STOP, timeout=60).text.split()[0]
+        assert hashlib.sha256(os.pread(disk.fileno(), 4 * 65536, 0)).hexdigest() == written
+        assert "I/O error" not in guest.run("dmesg").text
+        guest.run("rm enough\n" + WRITE_AND_VERIFY)
+        wait_for_requests(50)
+        guest.kill()
+        wait_for(lambda: not disk.connected, 30)
+    assert [queue.in_flight for queue in disk.requestqs] == [0, 0]
