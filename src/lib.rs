@@ -29,9 +29,9 @@ pub use error::{Error, RingError};
 mod _core {
     #[pymodule_export]
     use super::bindings::{
-        Backend, BatchHandler, Blocks, Complaints, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer, InflightRecord,
-        LatePages, Load, LoadResult, Memory, MessageInfo, Request, decode, messages, payloads, read_each, unpack_each,
-        write_each, write_tail_each,
+        Backend, BatchHandler, Blocks, Complaints, DecodedMessage, DirtyLog, Frontend, FrontendQueue, GuestBuffer,
+        InflightRecord, LatePages, Load, LoadResult, Memory, MessageInfo, Request, decode, messages, payloads,
+        read_each, unpack_each, write_each, write_tail_each,
     };
 
     #[pymodule_init]
