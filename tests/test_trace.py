@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import raw
 import vhost_user as vu
 from raw import Id
+from raw_backend import FEATURES, BackEnd
 from specimens import Hold, Reverse, Serve
 from storage_daemon import storage_daemon
 from vhost_user.devices import Blk, Console, Rng
@@ -524,6 +525,75 @@ def test_requests_of_a_packed_ring_that_were_done_at_once_are_seen_late() -> Non
     ]
     assert completions == [(5, 64), (6, 32)]
     assert packed.chains(ring, positions) == ([], [])
+
+
+def test_requests_that_are_given_back_by_one_used_entry_are_seen_each(level: None, tmp_path: Path) -> None:
+    records: list[Record] = []
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "back-end"))
+        stack.callback((tmp_path / "back-end").unlink)
+        listener.listen()
+        stack.enter_context(
+            running(Proxy(tmp_path / "traced", tmp_path / "back-end", records.append, ring=True)),
+        )
+        guest = stack.enter_context(raw.FrontEnd(tmp_path / "traced"))
+        back_end = stack.enter_context(BackEnd(listener.accept()[0], features=FEATURES | vu.TransportFeature.IN_ORDER))
+        memory = stack.enter_context(raw.Memory())
+        guest.negotiate(raw.PROTOCOL_FEATURES | raw.VERSION_1 | vu.TransportFeature.IN_ORDER)
+        guest.share(memory)
+        ring = raw.Ring(memory, size=8)
+        guest.start(ring)
+        guest.set_call(ring)
+        for batch in range(4):
+            chains = [ring.add([b"x"], [16 + number]) for number in range(3)]
+            guest.kick(ring)
+            seen(records, "request", 3 * batch + 3)
+            heads = [back_end.rings[0].take() for _ in range(3)]
+            assert heads == [chain.head for chain in chains]
+            # The first alone, and then two by the entry of the last.
+            back_end.rings[0].complete(heads[0], 7)
+            seen(records, "completion", 3 * batch + 1)
+            back_end.rings[0].put(heads[2], 9)
+            back_end.rings[0].skip(1)
+            seen(records, "completion", 3 * batch + 3)
+    completions = [record.activity for record in seen(records, "completion", 12) if record.activity]
+    assert [activity.index for activity in completions] == list(range(12))
+    # Of those that have no entry the driver may think that all was written.
+    assert [activity.written for activity in completions] == 4 * [7, 17, 9]
+    assert all(record.text == "" for record in records if record.activity)
+
+
+def test_requests_of_a_packed_ring_that_are_given_back_by_one_used_descriptor_are_seen_each() -> None:
+    used, available = packed.AVAILABLE | packed.USED, packed.AVAILABLE
+    ring = [packed.Descriptor(0x1000 * (at + 1), 16, 7 - at, available) for at in range(6)]
+    ring += [packed.Descriptor(0, 0, 0, 0)] * 2
+    positions = packed.Positions.of(0x8000_8000)
+    requests, completions = packed.chains(ring, positions, in_order=True)
+    assert ([each.number for each in requests], completions) == ([7, 6, 5, 4, 3, 2], [])
+    # The first three, and the next one by itself.
+    ring[0] = packed.Descriptor(0x1000, 9, 5, used)
+    ring[3] = packed.Descriptor(0x4000, 8, 4, used)
+    assert packed.chains(ring, positions, in_order=True) == ([], [(7, None), (6, None), (5, 9), (4, 8)])
+    # The last two, where the first descriptor means nothing.
+    ring[4] = packed.Descriptor(0x5000, 1, 2, used)
+    assert packed.chains(ring, positions, in_order=True) == ([], [(3, None), (2, 1)])
+    assert (positions.used, positions.avail) == (6, 6)
+
+
+def test_a_packed_ring_is_followed_after_a_batch_that_was_not_understood() -> None:
+    used, available = packed.AVAILABLE | packed.USED, packed.AVAILABLE
+    ring = [packed.Descriptor(0, 0, 0, 0)] * 8
+    # The descriptor of the first says that the third is used; nobody has seen the first before.
+    ring[0] = packed.Descriptor(0x1000, 4, 3, used)
+    ring[1] = packed.Descriptor(0x2000, 16, 2, available)
+    ring[2] = packed.Descriptor(0x3000, 16, 3, available)
+    ring[3] = packed.Descriptor(0x4000, 5, 4, used)
+    positions = packed.Positions.of(0x8000_8000)
+    requests, completions = packed.chains(ring, positions, in_order=True)
+    assert [(each.slot, each.late) for each in requests] == [(0, True), (1, False), (2, False), (3, True)]
+    assert [each.number for each in completions] == [3, 2, 3, 4]
+    assert (positions.used, positions.avail) == (4, 4)
 
 
 @pytest.mark.parametrize("indirect", [False, True])

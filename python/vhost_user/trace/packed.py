@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -41,6 +42,8 @@ class Positions:
     def __post_init__(self) -> None:
         self.counts: dict[int, int] = {}
         """Descriptors of the chains in flight, by buffer id."""
+        self.made: deque[tuple[int, int]] = deque()
+        """The same, with the buffer ids, as they were made available, if they are given back in that order."""
 
     @classmethod
     def of(cls, base: int) -> Self:
@@ -68,11 +71,17 @@ class Completion(NamedTuple):
     """What the device wrote over a descriptor."""
 
     number: int
-    written: int
+    written: int | None
+    """None, if it was given back with one behind it, and has no used descriptor: then all of it was written."""
 
 
-def chains(ring: Sequence[Descriptor], positions: Positions) -> tuple[list[Request], list[Completion]]:
-    """What happened since `positions`, which go on with it."""
+def chains(
+    ring: Sequence[Descriptor], positions: Positions, *, in_order: bool = False
+) -> tuple[list[Request], list[Completion]]:
+    """What happened since `positions`, which go on with it.
+
+    With `in_order` one used descriptor, the last one's, may give back all chains up to it. Virtio 1.3, section 2.8.
+    """
     requests: list[Request] = []
     taken = 0
     while taken < len(ring):
@@ -81,18 +90,53 @@ def chains(ring: Sequence[Descriptor], positions: Positions) -> tuple[list[Reque
             break
         request, count = found
         requests.append(request)
-        positions.counts[request.number] = count
+        if in_order:
+            positions.made.append((request.number, count))
+        else:
+            positions.counts[request.number] = count
         positions.avail, positions.avail_wrap = _advance(positions.avail, positions.avail_wrap, count, len(ring))
         taken += count
     completions: list[Completion] = []
     while len(completions) < len(ring):
-        descriptor = ring[positions.used % len(ring)]
-        if not descriptor.is_used(positions.used_wrap) or descriptor.number not in positions.counts:
+        batch, count = _batch(ring, positions) if in_order else _next_completion(ring, positions)
+        if not batch:
             break
-        completions.append(Completion(descriptor.number, descriptor.size))
-        count = positions.counts.pop(descriptor.number)
+        completions += batch
         positions.used, positions.used_wrap = _advance(positions.used, positions.used_wrap, count, len(ring))
     return requests, completions
+
+
+def _next_completion(ring: Sequence[Descriptor], positions: Positions) -> tuple[list[Completion], int]:
+    """The chain that the device gave back next, and how many descriptors it has."""
+    descriptor = ring[positions.used % len(ring)]
+    if not descriptor.is_used(positions.used_wrap) or descriptor.number not in positions.counts:
+        return [], 0
+    return [Completion(descriptor.number, descriptor.size)], positions.counts.pop(descriptor.number)
+
+
+def _batch(ring: Sequence[Descriptor], positions: Positions) -> tuple[list[Completion], int]:
+    """The same of chains that are given back in their order: those up to the one that the used descriptor names.
+
+    If it names none, or is another's, those before one that was given back: whoever looked late took an id for another.
+    """
+    first = ring[positions.used % len(ring)]
+    names_one = first.is_used(positions.used_wrap) and any(number == first.number for number, _ in positions.made)
+    slot, wrap, length, written = positions.used, positions.used_wrap, 0, None
+    for number, count in positions.made:
+        if names_one and number == first.number:
+            length, written = length + 1, first.size
+            break
+        if length and not names_one and ring[slot % len(ring)].is_used(wrap):
+            break
+        length += 1
+        slot, wrap = _advance(slot, wrap, count, len(ring))
+    else:
+        return [], 0
+    batch = [positions.made.popleft() for _ in range(length)]
+    completions = [Completion(number, None) for number, _ in batch]
+    if written is not None:
+        completions[-1] = Completion(batch[-1][0], written)
+    return completions, sum(count for _, count in batch)
 
 
 def _next_request(ring: Sequence[Descriptor], slot: int, wrap: int) -> tuple[Request, int] | None:

@@ -29,7 +29,7 @@ SHOWN = 32
 MAX_INDIRECT = 1024
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
-RING_PACKED = 1 << 34
+RING_PACKED, IN_ORDER = 1 << 34, 1 << 35
 EPOLLET = select.EPOLLET
 
 DESCRIPTOR_SIZE = 16
@@ -116,6 +116,8 @@ class Ring:
     used: int = 0
     pending: dict[int, deque[Pending]] = field(default_factory=lambda: defaultdict(deque))
     """By first descriptor, or by buffer id in a packed ring."""
+    made: deque[int] = field(default_factory=deque)
+    """The same, as the requests of a split ring were made, if they are completed in that order."""
     order: str = "<"
     """The byte order of its fields, as `struct` has it."""
     positions: Positions = field(default_factory=Positions)
@@ -133,6 +135,7 @@ class Ring:
         self.avail = self.used = base & 0xFFFF
         self.positions = Positions.of(base)
         self.pending.clear()
+        self.made.clear()
 
 
 class Follower:
@@ -152,6 +155,7 @@ class Follower:
         self._memory = Memory()
         self._rings: dict[int, Ring] = {}
         self._packed = False
+        self._in_order = False
         self._last_activity = 0
         self._last_look = 0
         self._kicks = select.epoll()
@@ -202,6 +206,7 @@ class Follower:
         match name:
             case "SET_FEATURES":
                 self._packed = bool(fields["value"] & RING_PACKED)
+                self._in_order = bool(fields["value"] & IN_ORDER)
             case "SET_MEM_TABLE" | "ADD_MEM_REG" | "REM_MEM_REG":
                 self.look(True)
                 return self._share(name, fields, descriptors)
@@ -312,15 +317,31 @@ class Follower:
         seen = [
             entry.unpack(self._user(used + 4 + 8 * ((ring.used + number) % ring.size), 8)) for number in range(done)
         ]
-        finished = Counter(head for head, _ in seen)
+        finished, before = Counter(head for head, _ in seen), len(ring.made)
         for number in range(available):
             index = (ring.avail + number) & 0xFFFF
             (head,) = struct.unpack(ring.order + "H", self._user(avail + 4 + 2 * (index % ring.size), 2))
-            late = finished[head] > len(ring.pending[head])
+            late = before + number < done if self._in_order else finished[head] > len(ring.pending[head])
+            if self._in_order:
+                ring.made.append(head)
             self._requested(ring, index, head, head, self._chain(ring, head, table), late)
-        for head, written in seen:
+        while seen:
+            head, written = seen[0]
+            for skipped in self._skipped(ring, head, len(seen)):
+                self._completed(ring, skipped, None)
+                del seen[0]
             self._completed(ring, head, written)
+            del seen[0]
         ring.avail, ring.used = avail_index, used_index
+
+    def _skipped(self, ring: Ring, head: int, count: int) -> list[int]:
+        """The requests before `head`, of the next `count`, that its used entry gives back as well.
+
+        The device skips their entries of the used ring. Virtio 1.3, section 2.7.
+        """
+        if head not in itertools.islice(ring.made, count):
+            return []
+        return list(iter(ring.made.popleft, head))
 
     def _compare_packed(self, ring: Ring, table: int, device: int, driver: int) -> None:
         # From where the next chain begins: the driver writes its first descriptor last, and this one is read first.
@@ -329,7 +350,7 @@ class Follower:
         content = (self._user(table, begin) if begin else b"") + late
         calls, kicks = wish(self._user(driver, 4)), wish(self._user(device, 4))
         descriptors = list(itertools.starmap(Descriptor, struct.iter_unpack("<QIHH", content)))
-        requests, completions = chains(descriptors, ring.positions)
+        requests, completions = chains(descriptors, ring.positions, in_order=self._in_order)
         if requests or completions:
             self._last_activity = self._clock()
         for request in requests:
@@ -354,6 +375,7 @@ class Follower:
             return moved
         self._note(f"queue {ring.number}: the {name} index went from {before} to {after}: what lies between is lost")
         ring.pending.clear()
+        ring.made.clear()
         return 0
 
     def _requested(
@@ -384,11 +406,14 @@ class Follower:
         ring.pending[key].append(Pending(index, head, now, writable, late))
         self._sink(replace(self._blank, time=now, event="request", text=problem, activity=activity))
 
-    def _completed(self, ring: Ring, key: int, written: int, wish: str = "") -> None:
+    def _completed(self, ring: Ring, key: int, written: int | None, wish: str = "") -> None:
+        """Follow a completion, of the whole request if nobody says how much was written."""
         requests = ring.pending[key]
         now = self._clock()
         pending = requests.popleft() if requests else None
         found = pending or Pending(0, key, now, (), False)
+        if written is None:
+            written = sum(buffer.size for buffer in found.writable)
         activity = Activity(
             ring.number, found.index, found.head, writable=found.writable, written=written, late=found.late, wish=wish
         )
