@@ -39,4 +39,7 @@ macro_rules! replay {
     };
 }
 
-replay! { backend codec dirty_log frontend iotlb packed_device packed_driver split_device split_driver transport }
+replay! {
+    backend codec dirty_log frontend iotlb packed_device packed_driver packed_inflight split_device split_driver
+    split_inflight transport
+}

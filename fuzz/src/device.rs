@@ -10,9 +10,11 @@ use std::sync::Arc;
 use rustix::io::{pread, pwrite};
 use vhost_user::memory::{Segment, Snapshot};
 use vhost_user::protocol::Region;
-use vhost_user::virtqueue::{Chain, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used};
+use vhost_user::virtqueue::{
+    Big, Chain, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used,
+};
 
-use super::support::{Input, level, memory_file, number};
+use super::support::{Input, in_order_of, level, memory_file, number, two};
 
 /// Three regions: the first two are neighbours for the guest, and none begins or ends where a page does.
 const REGIONS: [Region; 3] = [
@@ -33,18 +35,38 @@ const MAX_BYTES: u32 = 0x1000;
 pub fn split(input: &[u8]) {
     level(|| {
         // An input ends where its bytes do, in the middle of whatever.
-        let _ = play::<SplitRing<Little>>(false, &mut Input::new(input));
+        let _ = play(false, &mut Input::new(input));
     });
 }
 
 pub fn packed(input: &[u8]) {
     level(|| {
-        let _ = play::<PackedRing>(true, &mut Input::new(input));
+        let _ = play(true, &mut Input::new(input));
     });
 }
 
-/// Guest memory, and what should be in it.
-struct World {
+fn play(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    let (mut world, base) = World::choose(packed, input)?;
+    match world.options {
+        RingOptions { packed: true, .. } => work::<PackedRing>(&mut world, base, input),
+        RingOptions { big_endian: true, .. } => work::<SplitRing<Big>>(&mut world, base, input),
+        _ => work::<SplitRing<Little>>(&mut world, base, input),
+    }?;
+    world.check();
+    Ok(())
+}
+
+fn work<R: Ring>(world: &mut World, base: u32, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    let mut ring: R = world.start(base);
+    let mut taken = Vec::new();
+    while !input.is_empty() && world.act(&mut ring, &mut taken, input)? {}
+    Ok(())
+}
+
+/// Guest memory with a ring, and what should be in it.
+pub(super) struct World {
+    pub(super) size: u16,
+    pub(super) options: RingOptions,
     files: Vec<OwnedFd>,
     contents: Vec<Vec<u8>>,
     snapshot: Arc<Snapshot>,
@@ -53,28 +75,60 @@ struct World {
     avail: u16,
 }
 
-fn play<R: Ring>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
-    let mut world = World::new();
-    let size = if packed { input.int_in_range(1..=64)? } else { 1u16 << input.int_in_range(0..=6)? };
-    let (event_idx, indirect, in_order) = (input.arbitrary()?, input.arbitrary()?, input.ratio(1u8, 4u8)?);
-    let options = RingOptions { packed, event_idx, indirect, in_order, big_endian: false };
-    let base = if packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
-    world.avail = base as u16;
-    world.write(0, AVAIL + 2, &world.avail.to_le_bytes());
-    world.write(0, USED + 2, &(number(input)? as u16).to_le_bytes());
-    let start = REGIONS[0].user_address;
-    let addresses = RingAddresses { descriptors: start + TABLE, avail: start + AVAIL, used: start + USED };
-    let limits = RingLimits { max_indirect: 8, max_bytes: MAX_BYTES };
-    let snapshot = Arc::clone(&world.snapshot);
-    let mut ring = R::new(addresses, size, base, options, limits, snapshot).unwrap();
-    let mut taken: Vec<Chain> = Vec::new();
-    let mut broken = false;
-    while !input.is_empty() && !broken {
+impl World {
+    /// A ring of any kind, and the base at which it starts.
+    pub(super) fn choose(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<(Self, u32)> {
+        let size = if packed { input.int_in_range(1..=64)? } else { 1u16 << input.int_in_range(0..=6)? };
+        let ((event_idx, big_endian), indirect) = (two(input)?, input.arbitrary()?);
+        let in_order = input.ratio(1u8, 4u8)?;
+        let options = RingOptions { packed, event_idx, indirect, in_order, big_endian: big_endian && !packed };
+        let base = if packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
+        let mut world = Self::new(size, options);
+        world.avail = base as u16;
+        world.write(0, AVAIL + 2, &world.in_order(world.avail.to_le_bytes()));
+        world.write(0, USED + 2, &world.in_order((number(input)? as u16).to_le_bytes()));
+        Ok((world, base))
+    }
+
+    fn new(size: u16, options: RingOptions) -> Self {
+        let files: Vec<_> = REGIONS.iter().map(|_| memory_file(FILE)).collect();
+        // Not zero, so that what is overwritten shows.
+        let contents = vec![vec![0xa5; FILE as usize]; REGIONS.len()];
+        for (file, bytes) in files.iter().zip(&contents) {
+            assert_eq!(pwrite(file, bytes, 0).unwrap(), bytes.len());
+        }
+        let snapshot = Arc::new(Snapshot::from_table(&REGIONS, &files).unwrap());
+        let host = |region: &Region| {
+            let start = snapshot.user_pointer(region.user_address, region.size).unwrap().addr().get();
+            start..start + region.size as usize
+        };
+        let hosts = REGIONS.iter().map(host).collect();
+        let mut world = Self { size, options, files, contents, snapshot, hosts, avail: 0 };
+        world.write(0, TABLE, &[0; (BUFFERS - TABLE) as usize]);
+        world
+    }
+
+    /// The device starts.
+    pub(super) fn start<R: Ring>(&self, base: u32) -> R {
+        let start = REGIONS[0].user_address;
+        let addresses = RingAddresses { descriptors: start + TABLE, avail: start + AVAIL, used: start + USED };
+        let limits = RingLimits { max_indirect: 8, max_bytes: MAX_BYTES };
+        R::new(addresses, self.size, base, self.options, limits, Arc::clone(&self.snapshot)).unwrap()
+    }
+
+    /// Either side does something. False once the ring is broken.
+    pub(super) fn act(
+        &mut self,
+        ring: &mut impl Ring,
+        taken: &mut Vec<Chain>,
+        input: &mut Input<'_>,
+    ) -> arbitrary::Result<bool> {
+        let mut broken = false;
         match input.int_in_range(0..=9)? {
-            0..=2 if packed => world.offer_packed(size, input)?,
-            0..=2 => world.offer(size, input)?,
-            3 => world.poke(packed, input)?,
-            4 | 5 => broken = !world.take(&mut ring, &mut taken),
+            0..=2 if self.options.packed => self.offer_packed(input)?,
+            0..=2 => self.offer(input)?,
+            3 => self.poke(input)?,
+            4 | 5 => broken = !self.take(ring, taken),
             6 if !taken.is_empty() => {
                 let chain = taken.swap_remove(input.choose_index(taken.len())?);
                 ring.push_used(Used { head: chain.head(), written: input.arbitrary()? });
@@ -96,36 +150,23 @@ fn play<R: Ring>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
             _ => {}
         }
         // In order, a chain is on its way until those before it are done.
-        assert!(if in_order {
+        assert!(if self.options.in_order {
             ring.in_flight() as usize >= taken.len()
         } else {
             ring.in_flight() as usize == taken.len()
         });
-        assert!(ring.in_flight() <= size);
+        assert!(ring.in_flight() <= self.size);
+        Ok(!broken)
     }
-    let own = if packed { 4 } else { 6 + 8 * u64::from(size) };
-    let table = if packed { 16 * u64::from(size) } else { 0 };
-    world.check(&[TABLE..TABLE + table, USED..USED + own]);
-    Ok(())
-}
 
-impl World {
-    fn new() -> Self {
-        let files: Vec<_> = REGIONS.iter().map(|_| memory_file(FILE)).collect();
-        // Not zero, so that what is overwritten shows.
-        let contents = vec![vec![0xa5; FILE as usize]; REGIONS.len()];
-        for (file, bytes) in files.iter().zip(&contents) {
-            assert_eq!(pwrite(file, bytes, 0).unwrap(), bytes.len());
-        }
-        let snapshot = Arc::new(Snapshot::from_table(&REGIONS, &files).unwrap());
-        let host = |region: &Region| {
-            let start = snapshot.user_pointer(region.user_address, region.size).unwrap().addr().get();
-            start..start + region.size as usize
-        };
-        let hosts = REGIONS.iter().map(host).collect();
-        let mut world = Self { files, contents, snapshot, hosts, avail: 0 };
-        world.write(0, TABLE, &[0; (BUFFERS - TABLE) as usize]);
-        world
+    fn in_order<const N: usize>(&self, little: [u8; N]) -> [u8; N] {
+        in_order_of(self.options, little)
+    }
+
+    fn descriptor(&self, address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
+        let (address, length) = (self.in_order(address.to_le_bytes()), self.in_order(length.to_le_bytes()));
+        let (flags, next) = (self.in_order(flags.to_le_bytes()), self.in_order(next.to_le_bytes()));
+        [&address[..], &length, &flags, &next].concat()
     }
 
     /// As the driver does, at an offset of a region.
@@ -136,7 +177,8 @@ impl World {
     }
 
     /// A chain, which may be malformed, in descriptors of the ring or in a table.
-    fn offer(&mut self, size: u16, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    fn offer(&mut self, input: &mut Input<'_>) -> arbitrary::Result<()> {
+        let size = self.size;
         let head = input.int_in_range(0..=size - 1)?;
         let indirect = input.ratio(1u8, 4u8)?;
         let count: u16 = input.int_in_range(1..=if indirect { 9 } else { 5 })?;
@@ -154,23 +196,24 @@ impl World {
             let (index, next) = if indirect { (at, at + 1) } else { ((head + at) % size, (head + at + 1) % size) };
             let next = if input.ratio(15u8, 16u8)? { next } else { input.arbitrary()? };
             let place = if indirect { table } else { TABLE } + 16 * u64::from(index);
-            self.write(0, place, &descriptor(address, length, flags, next));
+            self.write(0, place, &self.descriptor(address, length, flags, next));
         }
         if indirect {
             let length = if input.ratio(7u8, 8u8)? { 16 * u32::from(count) } else { number(input)? as u32 };
             let address = REGIONS[0].guest_address + table;
             let flags = if input.ratio(15u8, 16u8)? { 4 } else { 5 };
-            self.write(0, TABLE + 16 * u64::from(head), &descriptor(address, length, flags, 0));
+            self.write(0, TABLE + 16 * u64::from(head), &self.descriptor(address, length, flags, 0));
         }
         let named = if input.ratio(15u8, 16u8)? { head } else { input.arbitrary()? };
-        self.write(0, AVAIL + 4 + 2 * u64::from(self.avail % size), &named.to_le_bytes());
+        self.write(0, AVAIL + 4 + 2 * u64::from(self.avail % size), &self.in_order(named.to_le_bytes()));
         self.avail = self.avail.wrapping_add(if input.ratio(15u8, 16u8)? { 1 } else { number(input)? as u16 });
-        self.write(0, AVAIL + 2, &self.avail.to_le_bytes());
+        self.write(0, AVAIL + 2, &self.in_order(self.avail.to_le_bytes()));
         Ok(())
     }
 
     /// The same in a packed ring, at the next descriptors.
-    fn offer_packed(&mut self, size: u16, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    fn offer_packed(&mut self, input: &mut Input<'_>) -> arbitrary::Result<()> {
+        let size = self.size;
         let indirect = input.ratio(1u8, 4u8)?;
         let count: u16 = input.int_in_range(1..=5)?;
         let table = BUFFERS + 16 * input.int_in_range(0..=24u64)?;
@@ -184,37 +227,37 @@ impl World {
             let usual = more | if input.arbitrary()? { 2 } else { 0 };
             let flags: u16 = if input.ratio(15u8, 16u8)? { usual } else { input.int_in_range(0..=7)? };
             if indirect {
-                self.write(0, table + 16 * u64::from(at), &descriptor(address, length, 0, flags));
+                self.write(0, table + 16 * u64::from(at), &self.descriptor(address, length, 0, flags));
             } else {
-                self.put_packed(size, address, length, id, flags);
+                self.put_packed(address, length, id, flags);
             }
         }
         if indirect {
             let length = if input.ratio(7u8, 8u8)? { 16 * u32::from(count) } else { number(input)? as u32 };
-            self.put_packed(size, REGIONS[0].guest_address + table, length, id, 4);
+            self.put_packed(REGIONS[0].guest_address + table, length, id, 4);
         }
         Ok(())
     }
 
     /// One descriptor, available.
-    fn put_packed(&mut self, size: u16, address: u64, length: u32, id: u16, flags: u16) {
+    fn put_packed(&mut self, address: u64, length: u32, id: u16, flags: u16) {
+        let size = self.size;
         let (slot, wrap) = (self.avail & 0x7fff, self.avail & 0x8000);
         let available = if wrap != 0 { 0x80 } else { 0x8000 };
-        self.write(0, TABLE + 16 * u64::from(slot % size), &descriptor(address, length, id, flags | available));
+        self.write(0, TABLE + 16 * u64::from(slot % size), &self.descriptor(address, length, id, flags | available));
         self.avail = if slot + 1 < size { (slot + 1) | wrap } else { wrap ^ 0x8000 };
     }
 
-    fn poke(&mut self, packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    fn poke(&mut self, input: &mut Input<'_>) -> arbitrary::Result<()> {
         // Not into the used ring: what the device has there is looked at in the end.
         let at = input.int_in_range(0..=USED - 8)?;
         let value = number(input)?;
         self.write(0, at, &value.to_le_bytes());
-        if packed {
+        if self.options.packed {
             return Ok(());
         }
-        self.avail = u16::from_le_bytes(std::array::from_fn(|byte| {
-            self.contents[0][(REGIONS[0].file_offset + AVAIL + 2) as usize + byte]
-        }));
+        let at = (REGIONS[0].file_offset + AVAIL + 2) as usize;
+        self.avail = u16::from_le_bytes(self.in_order([self.contents[0][at], self.contents[0][at + 1]]));
         Ok(())
     }
 
@@ -252,8 +295,11 @@ impl World {
         assert_eq!(read as u64, chain.readable());
     }
 
-    /// Nothing was written by the device but these parts of the first region.
-    fn check(&self, own: &[Range<u64>]) {
+    /// Nothing was written by the device but its parts of the ring, which are in the first region.
+    pub(super) fn check(&self) {
+        let size = u64::from(self.size);
+        let (table, own) = if self.options.packed { (16 * size, 4) } else { (0, 6 + 8 * size) };
+        let own = [TABLE..TABLE + table, USED..USED + own];
         for (region, (file, expected)) in self.files.iter().zip(&self.contents).enumerate() {
             let mut found = vec![0; expected.len()];
             assert_eq!(pread(file, &mut found, 0).unwrap(), expected.len());
@@ -264,8 +310,4 @@ impl World {
             assert!(found == *expected, "region {region}: something else was written");
         }
     }
-}
-
-fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
-    [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
 }

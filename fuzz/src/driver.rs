@@ -10,10 +10,10 @@ use rustix::io::{pread, pwrite};
 use vhost_user::memory::Snapshot;
 use vhost_user::protocol::Region;
 use vhost_user::virtqueue::{
-    Driver, Element, Indirect, Little, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
+    Big, Driver, Element, Indirect, Little, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
 };
 
-use super::support::{Input, level, memory_file, number};
+use super::support::{Input, in_order_of, level, memory_file, number, two};
 
 const REGION: Region = Region { guest_address: 0x1_0000, size: 0x2ff0, user_address: 0x7000_0000, file_offset: 0x10 };
 const FILE: u64 = 0x4000;
@@ -35,29 +35,37 @@ struct Given {
 pub fn split(input: &[u8]) {
     level(|| {
         // An input ends where its bytes do, in the middle of whatever.
-        let _ = play::<SplitDriver<Little>>(false, &mut Input::new(input));
+        let _ = play(false, &mut Input::new(input));
     });
 }
 
 pub fn packed(input: &[u8]) {
     level(|| {
-        let _ = play::<PackedDriver>(true, &mut Input::new(input));
+        let _ = play(true, &mut Input::new(input));
     });
 }
 
-fn play<D: Driver>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
+fn play(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {
+    let size = if packed { input.int_in_range(1..=32)? } else { 1u16 << input.int_in_range(0..=5)? };
+    let ((event_idx, big_endian), in_order) = (two(input)?, input.ratio(1u8, 4u8)?);
+    let options = RingOptions { packed, event_idx, indirect: true, in_order, big_endian: big_endian && !packed };
+    match options {
+        RingOptions { packed: true, .. } => work::<PackedDriver>(size, options, input),
+        RingOptions { big_endian: true, .. } => work::<SplitDriver<Big>>(size, options, input),
+        _ => work::<SplitDriver<Little>>(size, options, input),
+    }
+}
+
+fn work<D: Driver>(size: u16, options: RingOptions, input: &mut Input<'_>) -> arbitrary::Result<()> {
     let file = memory_file(FILE);
     let marked = vec![0xa5; FILE as usize];
     pwrite(&file, &marked, 0).unwrap();
     let snapshot = Arc::new(Snapshot::from_table(&[REGION], std::slice::from_ref(&file)).unwrap());
-    let size = if packed { input.int_in_range(1..=32)? } else { 1u16 << input.int_in_range(0..=5)? };
-    let (event_idx, in_order) = (input.arbitrary()?, input.ratio(1u8, 4u8)?);
-    let options = RingOptions { packed, event_idx, indirect: true, in_order, big_endian: false };
-    let base = if packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
+    let base = if options.packed { 0x8000_8000 } else { u32::from(number(input)? as u16) };
     let start = REGION.user_address;
     let addresses = RingAddresses { descriptors: start + TABLE, avail: start + AVAIL, used: start + USED };
     let mut driver = D::new(addresses, size, base, options, snapshot).unwrap();
-    let mut device = Device { file, packed, size, used: base as u16 };
+    let mut device = Device { file, size, options, used: base as u16 };
     let mut given = BTreeMap::new();
     let mut hidden = Vec::new();
     while !input.is_empty() {
@@ -94,8 +102,8 @@ fn play<D: Driver>(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()>
 /// What has the other end of the ring.
 struct Device {
     file: OwnedFd,
-    packed: bool,
     size: u16,
+    options: RingOptions,
     /// The used index, or the slot and the wrap counter of a packed ring.
     used: u16,
 }
@@ -112,7 +120,7 @@ impl Device {
         };
         let length = if input.ratio(7u8, 8u8)? { input.int_in_range(0..=40)? } else { input.arbitrary::<u32>()? };
         let strange = input.ratio(1u8, 16u8)?;
-        if self.packed {
+        if self.options.packed {
             let (slot, wrap) = (self.used & 0x7fff, self.used & 0x8000);
             let flags: u16 = if strange {
                 input.arbitrary()?
@@ -128,11 +136,18 @@ impl Device {
             self.used = if next < self.size { next | wrap } else { ((next - self.size) % self.size) | (wrap ^ 0x8000) };
         } else {
             let slot = u64::from(self.used % self.size);
-            self.write(USED + 4 + 8 * slot, &[id.to_le_bytes(), length.to_le_bytes()].concat());
+            self.write(
+                USED + 4 + 8 * slot,
+                &[self.in_order(id.to_le_bytes()), self.in_order(length.to_le_bytes())].concat(),
+            );
             self.used = self.used.wrapping_add(if strange { input.arbitrary()? } else { 1 });
-            self.write(USED + 2, &self.used.to_le_bytes());
+            self.write(USED + 2, &self.in_order(self.used.to_le_bytes()));
         }
         Ok(())
+    }
+
+    fn in_order<const N: usize>(&self, little: [u8; N]) -> [u8; N] {
+        in_order_of(self.options, little)
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {

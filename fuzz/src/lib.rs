@@ -9,6 +9,7 @@ pub mod device;
 pub mod dirty_log;
 pub mod driver;
 pub mod frontend;
+pub mod inflight;
 pub mod iotlb;
 mod support;
 pub mod transport;
@@ -24,7 +25,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("iotlb", iotlb::run),
     ("packed_device", device::packed),
     ("packed_driver", driver::packed),
+    ("packed_inflight", inflight::packed),
     ("split_device", device::split),
     ("split_driver", driver::split),
+    ("split_inflight", inflight::split),
     ("transport", transport::run),
 ];

@@ -2,11 +2,13 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Once;
 
 use arbitrary::Unstructured;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
 use rustix::pipe::pipe;
+use vhost_user::virtqueue::RingOptions;
 
 /// Decoding an input ends where its bytes do.
 pub type Input<'a> = Unstructured<'a>;
@@ -30,9 +32,19 @@ impl Belongings {
 
 /// Run a target, after which there has to be as much as before.
 pub fn level(target: impl FnOnce()) {
+    ignore_broken_pipes();
     let before = Belongings::now();
     target();
     assert_eq!(Belongings::now(), before, "something was left over");
+}
+
+/// As Python does: a peer's descriptor may be a pipe that nobody reads.
+fn ignore_broken_pipes() {
+    static ONCE: Once = Once::new();
+    // SAFETY: no handler is installed, and nothing here wants this signal.
+    ONCE.call_once(|| unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+    });
 }
 
 /// Of memory files that peers send.
@@ -72,6 +84,20 @@ pub fn number(input: &mut Input<'_>) -> arbitrary::Result<u64> {
         1 | 2 => input.int_in_range(0..=300)?,
         _ => input.arbitrary()?,
     })
+}
+
+/// Two decisions, of one byte.
+pub fn two(input: &mut Input<'_>) -> arbitrary::Result<(bool, bool)> {
+    let byte: u8 = input.arbitrary()?;
+    Ok((byte & 1 != 0, byte & 2 != 0))
+}
+
+/// The bytes of a number in the order that a ring has them in.
+pub fn in_order_of<const N: usize>(options: RingOptions, mut little: [u8; N]) -> [u8; N] {
+    if options.big_endian {
+        little.reverse();
+    }
+    little
 }
 
 /// Copies of descriptors, as a message takes them.
