@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,44 @@ def test_what_is_not_there_cannot_be_unpacked_or_skipped(driver: Driver) -> None
         request.skip(4)
     assert request.read() == b"abc"
     request.complete()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda request: request.unpack(), id="no argument"),
+        pytest.param(lambda request: request.unpack("B", "B"), id="two arguments"),
+        pytest.param(lambda request: request.unpack(format="B"), id="an argument by name"),
+        pytest.param(lambda request: request.unpack(3), id="no format"),
+        pytest.param(lambda request: request.read(1, 2), id="two sizes"),
+        pytest.param(lambda request: request.read("1"), id="no size"),
+        pytest.param(lambda request: request.write("text"), id="text"),
+        pytest.param(lambda request: request.write_tail("text"), id="text for the tail"),
+        pytest.param(lambda request: type(request).unpack(object(), "B"), id="no request"),
+        pytest.param(lambda request: type(request).read(bytearray(1)), id="another reader"),
+    ],
+)
+def test_a_wrong_argument_is_a_type_error_and_nothing_is_read_or_written(
+    driver: Driver, call: Callable[[Any], object]
+) -> None:
+    request, _ = driver.send([b"abc"], [4])
+    with pytest.raises(TypeError):
+        call(request)
+    assert (request.readable, request.writable) == (3, 4)
+
+
+def test_calls_keep_none_of_what_they_are_given_or_return(driver: Driver) -> None:
+    form, data = struct.Struct("<H"), bytes([7])
+    request, _ = driver.send([bytes(4000)], [2000])
+    request.unpack(form)
+    before = [sys.getrefcount(each) for each in (form, data, request)]
+    for _ in range(100):
+        assert request.unpack(form) == (0,)
+        assert request.read(2) + request.read(0) == bytes(2)
+        assert request.write(data) == 1
+        with pytest.raises(vu.RequestOverflow):
+            request.write(bytes(5000))
+    assert [sys.getrefcount(each) for each in (form, data, request)] == before
 
 
 def test_skip_passes_over_bytes(driver: Driver) -> None:

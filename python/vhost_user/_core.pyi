@@ -50,7 +50,7 @@ class Request:
         """Read up to `size` bytes of what the driver sent, or all that is left."""
     def readinto(self, buffer: Buffer) -> int:
         """Read into `buffer` as much as fits. Returns how many bytes that were."""
-    def write(self, data: Buffer) -> int:
+    def write(self, data: Buffer, /) -> int:
         """Copy `data` into the driver's writable buffers, after what was written before.
 
         Returns the number of bytes copied, always the length of `data`.
@@ -58,7 +58,7 @@ class Request:
         Raises:
             RequestOverflow: `data` is longer than `writable` bytes; nothing was copied.
         """
-    def write_tail(self, data: bytes) -> None:
+    def write_tail(self, data: bytes, /) -> None:
         """Write `data` into the last bytes of the writable buffers, where many device types have their status.
 
         Everything up to there counts as written.
@@ -66,7 +66,7 @@ class Request:
         Raises:
             RequestOverflow: the bytes before were written already; nothing was copied.
         """
-    def unpack(self, format: str | Struct) -> tuple[Any, ...]:
+    def unpack(self, format: str | Struct, /) -> tuple[Any, ...]:
         """Read and unpack as :mod:`struct` does. Virtio is little-endian: begin formats with ``<``.
 
         Raises:

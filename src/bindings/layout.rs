@@ -3,8 +3,7 @@
 //! A handler unpacks the same header in every request: the layout of the last format is kept, and what can be read without
 //! the `struct` module is.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::cell::Cell;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyString, PyTuple};
@@ -39,20 +38,20 @@ enum Kind {
 }
 
 thread_local! {
-    static LAST: RefCell<Option<Rc<Layout>>> = const { RefCell::new(None) };
+    static LAST: Cell<Option<Box<Layout>>> = const { Cell::new(None) };
 }
 
 impl Layout {
     /// Do something with the layout of `format`.
     pub(super) fn with<'py, T>(format: &Bound<'py, PyAny>, work: impl FnOnce(&Self) -> PyResult<T>) -> PyResult<T> {
-        let last = LAST.with_borrow(|last| last.clone().filter(|layout| layout.format.is(format)));
-        if let Some(layout) = last {
-            return work(&layout);
-        }
-        let layout = Rc::new(Self::new(format)?);
-        let old = LAST.replace(Some(Rc::clone(&layout)));
-        drop(old);
-        work(&layout)
+        LAST.with(|last| {
+            // What this calls may get here again, and finds nothing then.
+            let known = last.take().filter(|layout| layout.format.is(format));
+            let layout = known.map_or_else(|| Self::new(format).map(Box::new), Ok)?;
+            let result = work(&layout);
+            last.set(Some(layout));
+            result
+        })
     }
 
     fn new(format: &Bound<'_, PyAny>) -> PyResult<Self> {
@@ -93,7 +92,8 @@ impl Layout {
             // SAFETY: the tuple is new, nobody else has it, and it has a place for each field. The value is given away.
             unsafe { ffi::PyTuple_SetItem(values.as_ptr(), at, value.into_ptr()) };
         }
-        Ok(values.cast_into()?)
+        // SAFETY: it was made as a tuple.
+        Ok(unsafe { values.cast_into_unchecked() })
     }
 }
 

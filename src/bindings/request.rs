@@ -240,6 +240,43 @@ impl Request {
         state.written += done as u64;
         Ok(done)
     }
+
+    // --- The methods that `direct` gives the class -------------------------------------------------------------------
+
+    pub(super) fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
+        let mut state = self.open(py)?;
+        let left = state.chain.readable() - state.read;
+        let length = u64::try_from(size).map_or(left, |size| size.min(left));
+        let bytes = PyBytes::new_with(py, length as usize, |bytes| {
+            // SAFETY: `state.run` keeps the snapshot of the chain.
+            unsafe { state.chain.read(state.read, bytes) };
+            Ok(())
+        })?;
+        state.read += length;
+        Ok(bytes)
+    }
+
+    pub(super) fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+        self.write_source(py, &Source::new(data)?)
+    }
+
+    /// Write `data` into the last writable bytes: where many device types have their status.
+    pub(super) fn write_tail(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
+        let mut state = self.open(py)?;
+        let total = state.chain.writable();
+        let length = data.len() as u64;
+        let Some(start) = total.checked_sub(length).filter(|start| *start >= state.written) else {
+            return Err(self.overflow(py, length, total - state.written));
+        };
+        // SAFETY: `state.run` keeps the snapshot of the chain.
+        unsafe { state.chain.write(start, data) };
+        state.written = total;
+        Ok(())
+    }
+
+    pub(super) fn unpack<'py>(&self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
+        Layout::with(format, |layout| self.unpack_layout(py, layout))
+    }
 }
 
 #[pymethods]
@@ -282,20 +319,6 @@ impl Request {
         !self.lock(py).is_current(&self.vring)
     }
 
-    #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
-    pub(super) fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
-        let mut state = self.open(py)?;
-        let left = state.chain.readable() - state.read;
-        let length = u64::try_from(size).map_or(left, |size| size.min(left));
-        let bytes = PyBytes::new_with(py, length as usize, |bytes| {
-            // SAFETY: `state.run` keeps the snapshot of the chain.
-            unsafe { state.chain.read(state.read, bytes) };
-            Ok(())
-        })?;
-        state.read += length;
-        Ok(bytes)
-    }
-
     fn readinto(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>) -> PyResult<usize> {
         let buffer = PyUntypedBuffer::get(buffer)?;
         let target = contiguous(&buffer)?;
@@ -313,28 +336,6 @@ impl Request {
         });
         state.read += done as u64;
         Ok(done)
-    }
-
-    fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-        self.write_source(py, &Source::new(data)?)
-    }
-
-    /// Write `data` into the last writable bytes: where many device types have their status.
-    pub(super) fn write_tail(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
-        let mut state = self.open(py)?;
-        let total = state.chain.writable();
-        let length = data.len() as u64;
-        let Some(start) = total.checked_sub(length).filter(|start| *start >= state.written) else {
-            return Err(self.overflow(py, length, total - state.written));
-        };
-        // SAFETY: `state.run` keeps the snapshot of the chain.
-        unsafe { state.chain.write(start, data) };
-        state.written = total;
-        Ok(())
-    }
-
-    fn unpack<'py>(&self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
-        Layout::with(format, |layout| self.unpack_layout(py, layout))
     }
 
     fn skip(&self, py: Python<'_>, count: u64) -> PyResult<()> {
