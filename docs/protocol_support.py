@@ -35,6 +35,11 @@ _CRATE = (
     "SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG GET_SHARED_OBJECT BACKEND_SHARED_OBJECT_ADD "
     "BACKEND_SHARED_OBJECT_REMOVE BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP "
 )
+_DPDK = (
+    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_MEM_TABLE SET_VRING_NUM "
+    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE GET_VRING_BASE SET_STATUS GET_STATUS "
+    "REPLY_ACK "
+)
 SEEN = {
     "QEMU": {*(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS").split()},
     "UML": {*(_SET_UP + "SET_MEM_TABLE").split()},
@@ -43,11 +48,15 @@ SEEN = {
     "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
+    "DPDK's driver": {*_DPDK.split()},
     "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
+    "DPDK's device": {
+        *(_DPDK + "GET_QUEUE_NUM SET_VRING_ERR SET_BACKEND_REQ_FD SET_LOG_BASE SEND_RARP NET_SET_MTU").split()
+    },
     "rust-vmm's back-end": {*(_SET_UP + _SLOTS + _CRATE + "GPU_SET_SOCKET").split()},
 }
 
-#: In which tests that is; `*` stands for several. The last two are back-ends, to which the driver side speaks.
+#: In which tests that is; `*` stands for several. The last three are back-ends, to which the driver side speaks.
 _TRACED = "test_docs_protocol_support.py::test_"
 PEERS = {
     "QEMU": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
@@ -59,7 +68,9 @@ PEERS = {
     "QEMU (IOMMU)": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
     "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
+    "DPDK's driver": _TRACED + "a_driver_of_dpdk_says_what_the_page_says_that_it_says",
     "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
+    "DPDK's device": _TRACED + "our_front_end_says_it_to_a_device_of_dpdk",
     "rust-vmm's back-end": "rust_vmm.rs::our_front_end_*",
 }
 

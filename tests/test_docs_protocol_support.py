@@ -8,6 +8,7 @@ import fnmatch
 import importlib.util
 import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import vhost_user as vu
+from devices.test_dpdk import HEADER, HELLO, PATIENCE, THEIRS, Net, ping, run_testpmd
 from raw import wait_until
 from specimens import Serve
 from storage_daemon import storage_daemon
@@ -104,6 +106,45 @@ def test_our_front_end_says_it_to_a_disk_that_nobody_here_wrote(tmp_path: Path, 
         frontend.share(first)
         frontend.exchange("GET_FEATURES")
     assert generator.SEEN["qemu-storage-daemon"] - said == set()
+
+
+@pytest.mark.timeout(300)
+def test_a_driver_of_dpdk_says_what_the_page_says_that_it_says(tmp_path: Path, generator: ModuleType) -> None:
+    device = Net()
+    with device.start(tmp_path / "net"), traced(tmp_path / "net", tmp_path / "traced") as said:
+        with run_testpmd(f"net_virtio_user0,path={tmp_path / 'traced'}"):
+            device.greet()
+        wait_until(lambda: "closed" in said, "the end of the connection", PATIENCE)
+    assert generator.SEEN["DPDK's driver"] - said == set()
+
+
+@pytest.mark.timeout(300)
+def test_our_front_end_says_it_to_a_device_of_dpdk(tmp_path: Path, generator: ModuleType) -> None:
+    path = tmp_path / "net"
+    with run_testpmd(f"net_vhost0,iface={path},queues=1"):
+        wait_until(path.is_socket, "the socket of testpmd", PATIENCE)
+        with (
+            traced(path, tmp_path / "traced") as said,
+            vu.Frontend.connect(tmp_path / "traced", timeout=PATIENCE) as frontend,
+        ):
+            frontend.negotiate(vu.TransportFeature.VERSION_1)
+            receive, send = frontend.start_queues(2)
+            frontend.set_mtu(1500)
+            frontend.send_rarp(THEIRS)
+            log = vu.DirtyLog(frontend.memory)
+            frontend.set_log(log)
+            frontend.log_all()
+            answer = receive.submit(writable=2048)
+            # It drops what comes before it is ready.
+            deadline = time.monotonic() + PATIENCE
+            while not answer.done and time.monotonic() < deadline:
+                send.request(HEADER + ping(HELLO))
+                with contextlib.suppress(vu.PeerTimeout):
+                    answer.wait(0.05)
+            assert log.take()
+            receive.stop()
+            send.stop()
+    assert generator.SEEN["DPDK's device"] - said == set()
 
 
 @contextlib.contextmanager
