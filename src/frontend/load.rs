@@ -3,10 +3,16 @@
 //! Everything that a request needs is made before the first one. A queue that is loaded is used by nobody else.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::{Errno, read};
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
 
 use super::queue::{AnyDriver, on_driver, place};
 use super::{Allocation, Queue};
@@ -15,6 +21,12 @@ use crate::virtqueue::{Driver, Element, Indirect};
 
 /// How often a load looks whether it is to stop.
 const SLICE: Duration = Duration::from_millis(50);
+
+/// How long a look takes that finds nothing.
+const GLANCE: Duration = Duration::from_millis(1);
+
+/// How many calls are left in their eventfd before they are taken out: a full one would block who writes.
+const UNREAD: u32 = 1 << 10;
 
 /// Of a disk: a sector; the header of a request, and the types of those that read and write; and a status that none has.
 const SECTOR: u32 = 512;
@@ -164,6 +176,7 @@ impl<'a> Job<'a> {
     fn run(&mut self, options: LoadOptions, control: &Control) -> Result<Tally, Error> {
         let queue = self.queue;
         let mut under_way = self.slots.len();
+        let mut bell = Bell::new(queue)?;
         let begin = Instant::now();
         for slot in 0..self.slots.len() {
             let kick = queue.with_ring(|ring| {
@@ -201,11 +214,11 @@ impl<'a> Job<'a> {
                 )));
             }
             if !options.poll {
-                queue.wait_for_call(if over { now + SLICE } else { end.min(now + SLICE) })?;
+                bell.wait()?;
             } else if now - last.max(looked) > SLICE {
                 // Who looks at nothing but the ring does not see that the back-end is gone.
                 looked = now;
-                queue.wait_for_call(now + Duration::from_millis(1))?;
+                queue.wait_for_call(now + GLANCE)?;
                 queue.with_ring(|ring| {
                     ring.disable_calls();
                     Ok(())
@@ -274,6 +287,65 @@ impl<'a> Job<'a> {
         let head = ring.add(elements, indirect)?;
         self.by_head[usize::from(head)] = at as u16;
         Ok(ring.publish())
+    }
+}
+
+/// Waits for a queue with one system call each time: calls are watched for edges and left in their eventfd, and a timer
+/// that goes on by itself takes the place of a timeout.
+struct Bell<'a> {
+    queue: &'a Queue,
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    unread: u32,
+}
+
+impl<'a> Bell<'a> {
+    const CALL: u64 = 0;
+    const TIMER: u64 = 1;
+    const OTHER: u64 = 2;
+
+    fn new(queue: &'a Queue) -> Result<Self, Error> {
+        let made = || Error::os("making what a load waits for");
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(made())?;
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(made())?;
+        let slice = Timespec { tv_sec: 0, tv_nsec: i64::from(SLICE.subsec_nanos()) };
+        let regular = Itimerspec { it_interval: slice, it_value: slice };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &regular).map_err(made())?;
+        epoll::add(&epoll, &timer, EventData::new_u64(Self::TIMER), EventFlags::IN).map_err(made())?;
+        let edges = EventFlags::IN | EventFlags::ET;
+        epoll::add(&epoll, queue.call_descriptor(), EventData::new_u64(Self::CALL), edges).map_err(made())?;
+        queue.watch_other(&epoll, EventData::new_u64(Self::OTHER)).map_err(made())?;
+        Ok(Self { queue, epoll, timer, unread: 0 })
+    }
+
+    /// Wait for the device to complete something, for a slice at most: it need not have.
+    fn wait(&mut self) -> Result<(), Error> {
+        if self.queue.with_ring(|ring| ring.enable_calls(1))? {
+            return Ok(());
+        }
+        let mut space = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 4];
+        let (ready, _) = match epoll::wait(&self.epoll, &mut space, None) {
+            Err(Errno::INTR) => return Ok(()),
+            other => other.map_err(Error::os("waiting for the back-end"))?,
+        };
+        let mut is_call_alone = true;
+        for event in ready {
+            is_call_alone &= event.data.u64() == Self::CALL;
+            if event.data.u64() == Self::TIMER {
+                let _ = read(&self.timer, &mut [0; 8]);
+            }
+        }
+        self.unread += 1;
+        if is_call_alone && self.unread < UNREAD {
+            return self.queue.with_ring(|ring| {
+                ring.disable_calls();
+                Ok(())
+            });
+        }
+        // It takes the calls out, too.
+        self.unread = 0;
+        self.queue.wait_for_call(Instant::now() + GLANCE)
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{read, write};
+use rustix::io::{Errno, read, write};
 
 use super::memory::Allocation;
 use super::session::InBand;
@@ -379,6 +380,12 @@ impl Queue {
         }
     }
 
+    /// Let `epoll` report as `token` what [`wait_for_call`](Self::wait_for_call) serves beside calls.
+    pub(super) fn watch_other(&self, epoll: &OwnedFd, token: EventData) -> Result<(), Errno> {
+        epoll::add(epoll, &self.error, token, EventFlags::IN)?;
+        self.frontend().watch(epoll, token)
+    }
+
     /// By which address the device knows memory.
     pub(super) fn device_address(&self, buffer: &Allocation) -> u64 {
         buffer.address() + self.device_offset
@@ -615,7 +622,7 @@ impl AnyDriver {
         on_driver!(self, ring => ring.disable_calls());
     }
 
-    fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
+    pub(super) fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
         on_driver!(self, ring => ring.enable_calls(count))
     }
 }

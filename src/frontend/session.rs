@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::{Duration, Instant};
 
+use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
@@ -807,6 +808,15 @@ impl Frontend {
             if is_ready(N) {
                 return Err(Error::Closed("the back-end closed the connection".to_owned()));
             }
+        }
+    }
+
+    /// Let `epoll` report as `token` what [`wait`](Self::wait) serves or ends for.
+    pub(super) fn watch(&self, epoll: &OwnedFd, token: EventData) -> Result<(), Errno> {
+        epoll::add(epoll, &self.socket, token, EventFlags::RDHUP)?;
+        match &*lock(&self.channel) {
+            Some(channel) => epoll::add(epoll, &channel.socket, token, EventFlags::IN),
+            None => Ok(()),
         }
     }
 
