@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -404,9 +405,13 @@ def test_what_is_no_buffer_ends_a_push_of_many(source: tuple[Source, FrontEnd, R
 # --- Polling ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_polls_needs_no_kick_while_it_does(serve: Serve, connect: Connect, memory: Memory) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_device_that_polls_needs_no_kick_while_it_does(
+    serve: Serve, connect: Connect, memory: Memory, workers: int
+) -> None:
     device = Reverse()
     device.busy_poll = 0.5
+    device.workers = workers
     front = connect(serve(device))
     front.negotiate()
     front.share(memory)
@@ -439,6 +444,32 @@ def test_a_device_that_polls_sleeps_after_a_while_and_is_woken_by_a_kick(
         wait_until(lambda: ring.used_flags & NO_NOTIFY == 0, "kicks are wanted")
         front.kick(ring)
         ring.wait()
+
+
+def test_a_device_whose_requests_are_far_apart_sleeps_in_between(
+    serve: Serve, connect: Connect, memory: Memory
+) -> None:
+    seen = []
+
+    class Clock(Reverse):
+        busy_poll = 0.02
+
+        @Reverse.requestq.handler
+        def handle(self, request: vu.Request) -> None:
+            seen.append(time.thread_time())
+
+    front = connect(serve(Clock()))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=16)
+    front.start(ring)
+    for _ in range(11):
+        ring.add([b"ab"], [2])
+        front.kick(ring)
+        ring.wait()
+        time.sleep(0.05)
+    # It looked for the second one in vain: ten looks are 0.2 s of CPU time.
+    assert seen[-1] - seen[0] < 0.1
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 1.5, float("nan")])

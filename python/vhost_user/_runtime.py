@@ -325,8 +325,6 @@ class Runtime:
             raise DeclarationError(
                 f"{self._name} is in a simulation, where one thing happens at a time: workers must be 0"
             )
-        if device.busy_poll:
-            raise DeclarationError(f"{self._name} has workers, which do not poll: busy_poll must be 0, or workers")
 
     def _make_backend(self) -> Backend:
         device = self.device
@@ -352,7 +350,8 @@ class Runtime:
         offer = Offer(features, transport, self._protocol_features(), device._takes_gpu_socket, device._shared_memory())
         handlers = self._bound_handlers()
         backend = Backend(self, sizes, limits, handlers, offer, bytes(self.config.space), device.workers)
-        backend.set_busy_poll(device.busy_poll)
+        # Kicks that are messages can be suppressed no more than virtual time can pass.
+        backend.set_busy_poll(0.0 if self.conductor or device.in_band else device.busy_poll)
         backend.set_patience(device.batch_patience)
         return backend
 

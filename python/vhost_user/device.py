@@ -58,16 +58,17 @@ class Device:
     #: support".
     iommu: bool = False
 
-    #: For how long the device's thread looks for requests by itself before it sleeps, in seconds, up to 1; 0 for not at
-    #: all. It saves the driver the kick, and the device the time to wake up, and takes up to a whole CPU: the thread
-    #: looks for so long as long as requests come within that time, and less and less when none do.
-    busy_poll: float = 0.0
+    #: For how long the device's threads look for requests by themselves before they sleep, in seconds, up to 1; 0 for
+    #: not at all. It saves the driver the kick, and the device the time to wake up. A thread looks as long as requests
+    #: come within that time; the more often none does, the less often it looks again. An instance may decide for itself
+    #: before it is served. Nothing is looked for in a simulation, in asyncio, and with :attr:`in_band`.
+    busy_poll: float = 50e-6
 
     #: Threads beside the device's own, over which the queues that have a handler are spread: queue `i` is worked on by
     #: thread `i % workers`. With 0 the device's own thread does it all. Handlers of different queues then run at the
     #: same time, and beside the hooks, :meth:`on_request_error` on the thread of its request: what they share needs a
     #: lock. A queue without a handler, the hooks, timers and watches stay on the device's thread. At most one for each
-    #: queue. Not with ``async`` handlers, `busy_poll` or a simulation, and the class cannot be changed meanwhile. An
+    #: queue. Not with ``async`` handlers or a simulation, and the class cannot be changed meanwhile. An
     #: instance may decide for itself before it is served.
     workers: int = 0
 

@@ -176,17 +176,19 @@ impl EventLoop {
         }
     }
 
-    /// Wait until something happens, `timeout` passes or a signal arrives; then append what happened.
-    pub fn wait(&self, timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<(), Error> {
+    /// Wait until something happens, `timeout` passes or a signal arrives; then append what happened. Returns whether
+    /// something did, or another thread woke the loop.
+    pub fn wait(&self, timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<bool, Error> {
         *self.thread() = Some(std::thread::current().id());
         let timeout =
             timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         let mut space = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
         let (ready, _) = match epoll::wait(&self.epoll, &mut space, timeout.as_ref()) {
             Ok(ready) => ready,
-            Err(Errno::INTR) => return Ok(()),
+            Err(Errno::INTR) => return Ok(false),
             Err(errno) => return Err(Error::os("waiting for events")(errno)),
         };
+        let happened = !ready.is_empty();
         for event in ready {
             let (flags, data) = (event.flags, event.data.u64());
             if let Some(token) = Token::from_data(data) {
@@ -201,7 +203,7 @@ impl EventLoop {
                 let _ = rustix::io::read(&*self.wakeup.0, &mut [0; 8]);
             }
         }
-        Ok(())
+        Ok(happened)
     }
 
     fn collect_timers(&self, events: &mut Vec<Event>) {

@@ -6,6 +6,7 @@
 //! | `vring` | one queue across connections: its state, requests in flight, statistics |
 //! | `translation` | what a ring behind an IOMMU waits for |
 //! | `lead` | when a driver sees what is done of a batch, and when it is notified |
+//! | `polling` | when to look for requests, and when to sleep until a kick |
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
@@ -25,6 +26,7 @@ mod event_loop;
 mod extensions;
 mod lead;
 mod notification;
+mod polling;
 mod postcopy;
 mod session;
 mod translation;
@@ -37,6 +39,7 @@ pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;
 pub use lead::{Lead, Show, Turnaround};
+pub use polling::Polling;
 pub use session::{Flow, Hooks, Profile, Session};
 pub use vring::{Filled, Run, Statistics, Taken, Vring, VringStatus};
 

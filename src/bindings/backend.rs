@@ -17,8 +17,8 @@ use super::extensions::duplicate;
 use super::request::{Request, Source, overflow};
 use super::worker::Worker;
 use crate::backend::{
-    Channel, ConfigSpace, Direction, Event, EventLoop, Filled, Flow, Granted, Hooks, Interest, Profile, Session, Taken,
-    Token, Vring, VringStatus,
+    Channel, ConfigSpace, Direction, Event, EventLoop, Filled, Flow, Granted, Hooks, Interest, Polling, Profile,
+    Session, Taken, Token, Vring, VringStatus,
 };
 use crate::error::{Error, RingError};
 use crate::protocol::{BackendMessage, BackendRequest, ProtocolFeatures, ShmemConfig, VirtioFeatures};
@@ -32,10 +32,6 @@ const POLLS_UNTIL_IDLE: u32 = 200;
 
 /// Longer than this, Ctrl-C would not be noticed.
 const MAX_BUSY_POLL: Duration = Duration::from_secs(1);
-/// Looks at the rings between two looks at everything else.
-const LOOKS: u32 = 64;
-/// A shorter window is none.
-const LEAST_WINDOW: Duration = Duration::from_micros(2);
 
 type Callbacks = HashMap<u32, Py<PyAny>>;
 type Handlers = Vec<Option<Py<PyAny>>>;
@@ -57,7 +53,7 @@ pub struct Backend {
     inner: Mutex<Inner>,
     /// How long requests that are done may wait for others of their batch, in nanoseconds.
     patience: AtomicU64,
-    /// The most that the window may be, in nanoseconds.
+    /// How long at most to look for requests before a sleep, in nanoseconds.
     busy_poll: AtomicU64,
     dispatching: AtomicBool,
     stopping: AtomicBool,
@@ -82,8 +78,8 @@ struct Inner {
     events: Vec<Event>,
     /// For each queue.
     workspaces: Vec<Workspace>,
-    /// How long to look for requests before the next sleep, up to `busy_poll`.
-    window: Duration,
+    /// Whether to look for requests before the next sleep.
+    polling: Polling,
     /// Queues with more to do than one turn allows.
     pending: Vec<u16>,
     poll_timer: Option<u64>,
@@ -353,6 +349,7 @@ impl Backend {
             PyValueError::new_err(format!("busy polling takes from 0 to {} s, not {seconds}", MAX_BUSY_POLL.as_secs()))
         })?;
         self.busy_poll.store(most.as_nanos() as u64, Ordering::Relaxed);
+        lock(&self.inner).polling = self.polling();
         Ok(())
     }
 
@@ -538,59 +535,26 @@ impl Backend {
         worker_of(&self.workers, vring.index()).filter(|_| vring.has_worker())
     }
 
-    fn polls(&self) -> bool {
-        self.busy_poll.load(Ordering::Relaxed) > 0
+    /// For a thread that is to look for requests.
+    pub(super) fn polling(&self) -> Polling {
+        Polling::new(Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed)))
     }
 
-    /// Wait until something happens, `timeout` passes, or a signal arrives. Rings that were busy until now, and have not
-    /// been told to kick, are looked at for a while first. Returns whether they were looked at long enough.
-    fn wait(&self, pending: &[u16], timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<bool, Error> {
-        let most = Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed));
-        if most.is_zero() || timeout.is_some_and(|timeout| timeout.is_zero()) {
-            // More is known to be waiting: look at the descriptors, but do not sleep.
-            self.events.wait(if pending.is_empty() { timeout } else { Some(Duration::ZERO) }, events)?;
-            return Ok(true);
-        }
-        let begin = Instant::now();
-        if pending.is_empty() {
-            self.events.wait(timeout, events)?;
-            // Who sleeps for a shorter time than it might have looked should have looked.
-            if begin.elapsed() < most {
-                lock(&self.inner).window = most;
-            }
-            return Ok(true);
-        }
-        let window = lock(&self.inner).window;
-        while begin.elapsed() < window {
-            for _ in 0..LOOKS {
-                if pending.iter().any(|queue| self.vrings[usize::from(*queue)].available() > 0) {
-                    lock(&self.inner).window = most;
-                    return Ok(false);
-                }
-                std::hint::spin_loop();
-            }
-            self.events.wait(Some(Duration::ZERO), events)?;
-            if !events.is_empty() {
-                return Ok(false);
-            }
-        }
-        lock(&self.inner).window = if window < LEAST_WINDOW { Duration::ZERO } else { window / 2 };
-        self.events.wait(Some(Duration::ZERO), events)?;
-        Ok(true)
+    pub(super) fn vrings(&self) -> &[Arc<Vring>] {
+        &self.vrings
     }
 
     /// One turn of the loop.
     fn turn(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<bool> {
-        let (mut events, polled) = {
+        let (mut events, before, mut polling) = {
             let mut inner = lock(&self.inner);
-            let mut events = std::mem::take(&mut inner.events);
-            let pending = inner.pending.clone();
-            drop(inner);
-            let waited = py.detach(|| self.wait(&pending, timeout, &mut events));
-            let long_enough = waited.map_err(|error| to_python(py, error))?;
-            (events, if long_enough { pending } else { Vec::new() })
+            (std::mem::take(&mut inner.events), inner.pending.clone(), inner.polling)
         };
-        let mut turn = Turn { backend: self, py, fatal: py.check_signals().err() };
+        let waited = py.detach(|| polling.wait(&self.events, &self.vrings, &before, timeout, &mut events));
+        let looked = waited.map_err(|error| to_python(py, error))?;
+        lock(&self.inner).polling = polling;
+        let polls = polling.is_due() && timeout.is_none_or(|timeout| !timeout.is_zero());
+        let mut turn = Turn { backend: self, py, polls, fatal: py.check_signals().err() };
         if !self.workers.is_empty() {
             turn.hear_workers();
         }
@@ -605,7 +569,7 @@ impl Backend {
             inner.events = events;
             std::mem::take(&mut inner.pending)
         };
-        turn.look_at_pending(pending, &polled);
+        turn.look_at_pending(pending, if looked { &before } else { &[] });
         turn.with_session(|session, hooks| session.resume(hooks));
         turn.schedule_polling();
         if let Some(error) = turn.fatal {
@@ -619,7 +583,7 @@ impl Backend {
 
     /// The loop was asked to stop: end the session, and then the loop.
     fn wind_up(&self, py: Python<'_>) -> PyResult<bool> {
-        let mut turn = Turn { backend: self, py, fatal: None };
+        let mut turn = Turn::new(self, py, false);
         turn.with_session(
             |session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.end(hooks, None) },
         );
@@ -640,13 +604,15 @@ impl Backend {
 pub(super) struct Turn<'a, 'py> {
     backend: &'a Backend,
     pub(super) py: Python<'py>,
+    /// Whether rings are looked at after the turn, and need not kick before.
+    polls: bool,
     /// KeyboardInterrupt or SystemExit: raised when the turn is over, after what was begun is done.
     fatal: Option<PyErr>,
 }
 
 impl<'a, 'py> Turn<'a, 'py> {
-    pub(super) fn new(backend: &'a Backend, py: Python<'py>) -> Self {
-        Self { backend, py, fatal: None }
+    pub(super) fn new(backend: &'a Backend, py: Python<'py>, polls: bool) -> Self {
+        Self { backend, py, polls, fatal: None }
     }
 
     /// What is to be raised after the turn.
@@ -679,7 +645,7 @@ impl<'a, 'py> Turn<'a, 'py> {
                     Ok(Flow::Continue)
                 });
                 // A ring that is being polled does not need the kick.
-                let polled = self.backend.polls() && lock(&self.backend.inner).pending.contains(&queue);
+                let polled = self.polls && lock(&self.backend.inner).pending.contains(&queue);
                 if !polled {
                     self.process(queue);
                 }
@@ -806,17 +772,17 @@ impl<'a, 'py> Turn<'a, 'py> {
             lock(&self.backend.inner).polls_in_vain = 0;
         }
         // The driver is asked to kick when nothing is left: by a ring that is being polled, later.
-        handled && (self.backend.polls() || vring.rest())
+        handled && (self.polls || vring.rest())
     }
 
     /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
-    /// finds nothing asks the driver to kick. It is when `polled`, the queues that have been for long enough.
-    fn look_at_pending(&mut self, pending: Vec<u16>, polled: &[u16]) {
+    /// finds nothing asks the driver to kick. It is when it was `looked` at for long enough.
+    fn look_at_pending(&mut self, pending: Vec<u16>, looked: &[u16]) {
         if pending.is_empty() {
             return;
         }
         let is_due = |queue: &u16| {
-            !self.backend.polls() || polled.contains(queue) || self.backend.vrings[usize::from(*queue)].available() > 0
+            !self.polls || looked.contains(queue) || self.backend.vrings[usize::from(*queue)].available() > 0
         };
         let (now, later): (Vec<_>, Vec<_>) = pending.into_iter().partition(is_due);
         lock(&self.backend.inner).pending.extend(later);

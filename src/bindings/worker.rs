@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use pyo3::prelude::*;
 
@@ -50,24 +49,30 @@ impl Worker {
     pub(super) fn run(&self, py: Python<'_>, backend: &Backend) -> Result<(), Error> {
         let mut workspaces: BTreeMap<u16, Workspace> = BTreeMap::new();
         let mut events = Vec::new();
-        let mut due = BTreeSet::new();
+        let mut due: Vec<u16> = Vec::new();
+        let mut polling = backend.polling();
         let mut faults = faults_seen();
         loop {
-            let timeout = (!due.is_empty()).then_some(Duration::ZERO);
-            py.detach(|| self.events.wait(timeout, &mut events))?;
+            let looked = py.detach(|| polling.wait(&self.events, backend.vrings(), &due, None, &mut events))?;
             if self.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
             for event in events.drain(..) {
                 if let Event::Ready { token: Token::Queue(queue), .. } = event {
                     backend.kicked(queue, &self.events);
-                    due.insert(queue);
+                    due.push(queue);
                 }
             }
-            due.append(&mut self.handed_over());
-            let mut turn = Turn::new(backend, py);
+            due.extend(std::mem::take(&mut *self.handed_over()));
+            due.sort_unstable();
+            due.dedup();
+            let mut turn = Turn::new(backend, py, polling.is_due());
             // Only a look that finds nothing asks the driver to kick.
-            due.retain(|queue| turn.work(*queue, workspaces.entry(*queue).or_default()));
+            due.retain(|queue| {
+                let waits =
+                    !looked && backend.vrings().get(usize::from(*queue)).is_some_and(|vring| vring.available() == 0);
+                waits || turn.work(*queue, workspaces.entry(*queue).or_default())
+            });
             if let Some(error) = turn.into_fatal() {
                 backend.end_with(error);
             }
