@@ -88,7 +88,21 @@ impl Chain {
     ///
     /// # Safety
     /// The snapshot under which the chain was filled must be alive.
+    #[inline]
     pub unsafe fn read(&self, offset: u64, to: &mut [u8]) -> usize {
+        if let Some(pointer) = within_first(self.readable_segments(), offset, to.len()) {
+            // SAFETY: as in `read_pieces`.
+            unsafe { access::read(pointer.as_ptr(), to) };
+            return to.len();
+        }
+        // SAFETY: as the caller vouches.
+        unsafe { self.read_pieces(offset, to) }
+    }
+
+    /// # Safety
+    /// As for [`read`](Self::read).
+    #[inline(never)]
+    unsafe fn read_pieces(&self, offset: u64, to: &mut [u8]) -> usize {
         let mut done = 0;
         for_range(self.readable_segments(), offset, to.len(), |segment| {
             // SAFETY: the ring translated the segment, and the caller keeps the snapshot alive.
@@ -102,10 +116,24 @@ impl Chain {
     ///
     /// # Safety
     /// The snapshot under which the chain was filled must be alive.
+    #[inline]
     pub unsafe fn write(&self, offset: u64, from: &[u8]) -> usize {
+        if let Some(pointer) = within_first(self.writable_segments(), offset, from.len()) {
+            // SAFETY: as in `read_pieces`.
+            unsafe { access::write(pointer.as_ptr(), from) };
+            return from.len();
+        }
+        // SAFETY: as the caller vouches.
+        unsafe { self.write_pieces(offset, from) }
+    }
+
+    /// # Safety
+    /// As for [`write`](Self::write).
+    #[inline(never)]
+    unsafe fn write_pieces(&self, offset: u64, from: &[u8]) -> usize {
         let mut done = 0;
         for_range(self.writable_segments(), offset, from.len(), |segment| {
-            // SAFETY: as in `read`.
+            // SAFETY: as in `read_pieces`.
             unsafe { access::write(segment.pointer.as_ptr(), &from[done..done + segment.length]) };
             done += segment.length;
         });
@@ -145,6 +173,16 @@ impl Chain {
         }
         segments.push(segment);
     }
+}
+
+/// Where `length` bytes from `offset` on are, if they are all in the first segment: a header, or a status by itself.
+#[inline]
+fn within_first(segments: &[Segment], offset: u64, length: usize) -> Option<NonNull<u8>> {
+    let first = segments.first()?;
+    let offset = usize::try_from(offset).ok()?;
+    let is_within = offset.checked_add(length).is_some_and(|end| end <= first.length);
+    // SAFETY: the offset is within the segment, or at its end.
+    is_within.then(|| unsafe { first.pointer.add(offset) })
 }
 
 impl Default for Chain {
