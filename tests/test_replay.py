@@ -94,10 +94,25 @@ def test_what_another_device_answers_is_shown(serve: Serve, record: Recorded, tm
     lines, _ = write(records, tmp_path)
     ended = run(lines, "--connect", serve(Blk(1 << 20, num_queues=2)))
     assert ended.returncode == 1
-    assert "GET_FEATURES: the answer differs: +bit 2" in ended.stdout
+    assert "GET_FEATURES: the answer differs: +bit 2 +bit 6" in ended.stdout
     assert "GET_PROTOCOL_FEATURES: the answer differs: +CONFIG\n" in ended.stdout
     assert "GET_QUEUE_NUM: the answer differs: value is 2, recorded was 1\n" in ended.stdout
     assert "differences" in ended.stdout.splitlines()[-1]
+    named = run(lines, "--connect", serve(Blk(1 << 20, num_queues=2)), "--device", "blk")
+    assert "GET_FEATURES: the answer differs: +SEG_MAX +BLK_SIZE +FLUSH" in named.stdout
+
+
+def test_bits_that_differ_have_the_names_of_the_device_type_that_shows_later(
+    serve: Serve, record: Recorded, tmp_path: Path
+) -> None:
+    def talk(path: Path) -> None:
+        with vu.Frontend.connect(path) as frontend:
+            frontend.negotiate()
+            frontend.read_config(60)
+
+    records = record(serve(Blk(1 << 20, num_queues=2)), talk)
+    found = differences(records, serve(Blk(1 << 20, num_queues=2, read_only=True)))
+    assert "message 2: GET_FEATURES: the answer differs: -DISCARD -WRITE_ZEROES +RO" in found
 
 
 def test_a_back_end_that_nobody_here_wrote_answers_as_before(level: None, record: Recorded, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import raw
 import vhost_user as vu
 from specimens import Serve
 from vhost_user import _core
-from vhost_user.devices import Rng
+from vhost_user.devices import Blk, Rng
 from vhost_user.guest import Uml
 from vhost_user.trace import dissector, pcapng
 from vhost_user.trace.model import Descriptor, Record
@@ -104,6 +104,27 @@ def test_tshark_shows_what_the_guest_said(recorded: tuple[Path, list[Record]], t
         only='vhost_user.name == "SET_VRING_NUM" && vhost_user.answer == 0',
     )[:1]
     assert (index, number) == ("0", "256")
+
+
+def test_tshark_names_the_feature_bits_of_the_device_type(serve: Serve, tmp_path: Path) -> None:
+    records: list[Record] = []
+    with running(Proxy(tmp_path / "traced", serve(Blk(1 << 20, num_queues=2)), records.append)) as proxy:
+        with vu.Frontend.connect(tmp_path / "traced") as frontend:
+            frontend.negotiate()
+            frontend.read_config(60)
+            frontend.exchange("GET_FEATURES")
+        raw.wait_until(lambda: not proxy.front_ends, "the end")
+    write(tmp_path / "disk.pcapng", records)
+    file = tmp_path / "disk.pcapng"
+    only = 'vhost_user.name == "GET_FEATURES" && vhost_user.answer == 1'
+    first, last = fields(tmp_path, file, "feature", "device", only=only)
+    # What it is shows later, to those who look twice.
+    assert "bit 9" in first[0].split(",")
+    assert {"FLUSH", "MQ", "VERSION_1"} < set(last[0].split(","))
+    assert last[1] == "blk"
+    twice = tshark(tmp_path, file, "-2", "-T", "fields", "-e", "vhost_user.feature", "-Y", only).splitlines()
+    assert twice == [last[0], last[0]]
+    assert [record.device.name for record in pcapng.read(io.BytesIO(file.read_bytes()))][-1] == "blk"
 
 
 def test_tshark_finds_the_request_of_every_answer(recorded: tuple[Path, list[Record]], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .command import FAILURE, CommandParser
+from .info import add_device_argument
 
 EXAMPLES = """\
 examples:
@@ -23,6 +24,7 @@ def configure(parser: CommandParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="what 'vhost-user trace' wrote, as JSON or pcapng")
     parser.add_argument("--connect", metavar="PATH", type=Path, required=True, help="where the back-end listens")
     parser.add_argument("--connection", metavar="N", type=int, help="which one of the trace (default: the first)")
+    add_device_argument(parser)
     parser.add_argument("--timeout", metavar="SECONDS", type=float, default=5.0, help="for every answer (default: 5)")
     parser.add_argument("--show", action="store_true", help="show the new session, as 'vhost-user trace' does")
     parser.set_defaults(action=_replay)
@@ -43,6 +45,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         connection=arguments.connection,
         timeout=arguments.timeout,
         show=Lines(sys.stdout) if arguments.show else ignore,
+        device=arguments.device,
     )
     for difference in outcome.differences:
         print(difference)

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from .._core import messages, payloads
+from ..features import TYPES
 
 #: Stands where the tables go.
 PLACE = "--@TABLES@\n"
@@ -19,7 +20,8 @@ def text() -> str:
     """The plugin, ready to be written into a file."""
     template = resources.files(__package__).joinpath("vhost_user.lua").read_text()
     assert PLACE in template
-    tables = f"local requests = {_lua(_requests())}\n\nlocal payloads = {_lua(_payloads())}\n"
+    items = {"requests": _requests(), "payloads": _payloads(), "device_types": _device_types()}
+    tables = "\n".join(f"local {name} = {_lua(item)}\n" for name, item in items.items())
     return template.replace(PLACE, tables)
 
 
@@ -45,6 +47,11 @@ def _payloads() -> Item:
         {"name": name, "abbr": _abbreviation(name), "size": size, "fields": _fields(fields)}
         for name, size, fields in payloads()
     ]
+
+
+def _device_types() -> Item:
+    """By number: what it is called, and the names of its feature bits."""
+    return {number: {"name": known.name, "bits": dict(known.features)} for number, known in TYPES.items()}
 
 
 def _fields(fields: list[tuple[str, int, int, str, list[Any]]]) -> Item:

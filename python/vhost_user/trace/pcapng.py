@@ -11,7 +11,7 @@ A packet is a pseudo-header, descriptors, and what was sent, all in the byte ord
 | 5 | 1 | reserved |
 | 6 | 2 | number of descriptors |
 | 8 | 4 | connection: 1 for the first |
-| 12 | 4 | reserved |
+| 12 | 4 | what the back-end is taken for: a virtio device type; 0 where that was not plain yet |
 | 16 | 16 each | descriptors: kind (1), reserved (3), which byte of the message it came with (4), its size (8) |
 | then | | the message, header and payload |
 
@@ -26,11 +26,12 @@ import sys
 from collections.abc import Iterator
 from typing import IO
 
+from ..features import TYPES, UNKNOWN
 from .model import Channel, Descriptor, Event, Party, Record
 
 LINK_TYPE = 147
 VERSION = 1
-PSEUDO_HEADER = struct.Struct("=HBBBxHI4x")
+PSEUDO_HEADER = struct.Struct("=HBBBxHII")
 DESCRIPTOR = struct.Struct("=B3xIQ")
 
 EVENTS: list[Event] = ["message", "bytes", "opened", "closed", "note"]
@@ -89,6 +90,7 @@ def encode(record: Record) -> bytes:
         CHANNELS.index(record.channel),
         len(record.descriptors),
         record.connection,
+        record.device.id,
     )
     descriptors = b"".join(
         DESCRIPTOR.pack(_kind(descriptor), descriptor.offset, descriptor.size or 0) for descriptor in record.descriptors
@@ -108,7 +110,7 @@ def decode(packet: bytes, time: int) -> Record:
         ValueError: it is none of ours, or of a machine with another byte order.
     """
     try:
-        version, event, direction, channel, count, connection = PSEUDO_HEADER.unpack_from(packet)
+        version, event, direction, channel, count, connection, device = PSEUDO_HEADER.unpack_from(packet)
         if version != VERSION:
             raise ValueError(f"a packet has the version {version}; {VERSION} was expected")
         end = PSEUDO_HEADER.size + count * DESCRIPTOR.size
@@ -126,6 +128,7 @@ def decode(packet: bytes, time: int) -> Record:
             b"" if is_note else data,
             descriptors,
             text=data.decode(errors="replace") if is_note else "",
+            device=TYPES.get(device, UNKNOWN),
         )
     except (struct.error, IndexError):
         raise ValueError("a packet has no pseudo-header that can be understood") from None

@@ -16,14 +16,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from ..errors import PeerTimeout, StateError
+from ..features import UNKNOWN, DeviceType
 from .assemble import Assembler, Unanswered
 from .model import HEADER, NEED_REPLY, REQUESTS, Descriptor, Record
 from .proxy import Source
 from .rings import Memory as SharedMemory
 from .rings import NotThere, Region
+from .types import Types
 
 #: Seconds in which nothing more may come after the last message.
 QUIET = 0.05
@@ -75,6 +77,7 @@ def replay(
     connection: int | None = None,
     timeout: float = 5.0,
     show: Callable[[Record], None] = lambda record: None,
+    device: DeviceType | None = None,
 ) -> Outcome:
     """Send what the front-end of a recorded connection sent, and compare the answers.
 
@@ -87,14 +90,17 @@ def replay(
         connection: which connection of the trace (default: the first).
         timeout: seconds that the back-end has for an answer.
         show: gets every record of the new session.
+        device: what both back-ends are, which gives names to their feature bits; by default what their answers make
+            plain.
 
     Raises:
         StateError: the trace has no such connection.
         OSError: there is no back-end.
     """
-    steps, channel_answers, ended_by_back_end = _plan(records, connection)
+    recorded = Types(device)
+    steps, channel_answers, ended_by_back_end = _plan(map(recorded.known, records), connection)
     outcome = Outcome()
-    with _Player(connect, timeout, show, channel_answers) as player:
+    with _Player(connect, timeout, show, channel_answers, Types(device)) as player:
         for number, step in enumerate(steps, 1):
             outcome.messages += 1
             difference = player.play(number, step)
@@ -107,6 +113,8 @@ def replay(
         else:
             extra = player.end(len(steps), ended_by_back_end)
             outcome.differences += [extra] if extra else []
+    before = next((step.answer.device for step in reversed(steps) if step.answer), UNKNOWN)
+    outcome.differences = [_told_again(each, before, player.device) for each in outcome.differences]
     return outcome
 
 
@@ -150,8 +158,11 @@ class _Player:
         timeout: float,
         show: Callable[[Record], None],
         channel_answers: list[Record],
+        types: Types,
     ) -> None:
         self.over = False
+        self.device = UNKNOWN
+        self._types = types
         self._timeout = timeout
         self._show = show
         self._closing = contextlib.ExitStack()
@@ -257,7 +268,8 @@ class _Player:
             shown = [Descriptor.of(number) for number in numbers]
             for number in numbers:
                 os.close(number)
-            for record in self._back_end.feed(data, shown, time.time_ns()):
+            for record in map(self._types.known, self._back_end.feed(data, shown, time.time_ns())):
+                self.device = record.device
                 self._show(record)
                 self._came.append(record)
         return self._came.pop(0)
@@ -420,16 +432,34 @@ def _compare(name: str, recorded: Record, came: Record) -> str:
 
 def _differing(recorded: Record, came: Record) -> str:
     """The values that differ, or the names of bits that do."""
-    before, after = recorded.decoded.fields, came.decoded.fields
+    before, after = recorded.fields, came.fields
     if "names" in before and "names" in after:
-        gone = [f"-{name}" for name in before["names"] if name not in after["names"]]
-        new = [f"+{name}" for name in after["names"] if name not in before["names"]]
+        was, now = _bits(before), _bits(after)
+        gone = [f"-{name}" for bit, name in was.items() if bit not in now]
+        new = [f"+{name}" for bit, name in now.items() if bit not in was]
         return " ".join(gone + new)
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return (
         ", ".join(f"{name} is {_short(after.get(name))}, recorded was {_short(before.get(name))}" for name in names)
         or f"{len(came.payload)} bytes, recorded were {len(recorded.payload)}"
     )
+
+
+def _bits(fields: dict[str, Any]) -> dict[int, str]:
+    """The names of the bits that are set."""
+    bits = (bit for bit in range(64) if fields["value"] >> bit & 1)
+    return dict(zip(bits, fields["names"], strict=True))
+
+
+def _told_again(difference: Difference, before: DeviceType, now: DeviceType) -> Difference:
+    """With the names of feature bits that were not known in time; of one that is not known they are the other's."""
+    recorded, came = difference.recorded, difference.came
+    if recorded is None or came is None or came.event != "message":
+        return difference
+    recorded = replace(recorded, device=now if before is UNKNOWN else before)
+    came = replace(came, device=before if now is UNKNOWN else now)
+    text = _compare(recorded.decoded.name, recorded, came)
+    return replace(difference, recorded=recorded, came=came, text=text)
 
 
 def _short(value: object) -> str:

@@ -19,6 +19,7 @@ local f = {
     direction = ProtoField.uint8("vhost_user.direction", "From", base.DEC, parties),
     channel = ProtoField.uint8("vhost_user.channel", "Channel", base.DEC, channels),
     connection = ProtoField.uint32("vhost_user.connection", "Connection"),
+    device = ProtoField.string("vhost_user.device", "Device"),
     descriptors = ProtoField.uint16("vhost_user.descriptors", "Descriptors"),
     descriptor = ProtoField.none("vhost_user.descriptor", "Descriptor"),
     kind = ProtoField.uint8("vhost_user.descriptor.kind", "Kind", base.DEC, kinds),
@@ -97,7 +98,11 @@ end
 -- Requests that are not answered yet, and what was found out in the first pass, by number of the packet.
 local unanswered, request_of, answer_of, latency_of = {}, {}, {}, {}
 
+-- By connection: what the back-end is, once that was plain. Packets before are understood when they are looked at again.
+local types = {}
+
 function proto.init()
+    types = {}
     unanswered, request_of, answer_of, latency_of = {}, {}, {}, {}
 end
 
@@ -174,12 +179,12 @@ local function add_fields(tree, fields, tvb, offset, length, little)
     return used, first
 end
 
-local function add_features(tree, bits, range, little)
+local function add_features(tree, bits, own, range, little)
     local word = little and range:le_uint64() or range:uint64()
     for bit = 0, 63 do
         local half = bit < 32 and word:lower() or word:higher()
         if math.floor(half / 2 ^ (bit % 32)) % 2 == 1 then
-            tree:add(f.feature, range, bits[bit] or ("bit " .. bit))
+            tree:add(f.feature, range, bits[bit] or own[bit] or ("bit " .. bit))
         end
     end
 end
@@ -226,7 +231,8 @@ local function dissect_message(tvb, pinfo, tree, offset, channel, direction, con
     local payload = payload_of(payload_name, left)
     local used = add_fields(tree, payload.fields, tvb, at, left, little)
     if row.bits and left == 8 and is_answer == (row.answered == "always") then
-        add_features(tree, row.bits, tvb(at, 8), little)
+        local device = name:find("PROTOCOL") == nil and types[connection]
+        add_features(tree, row.bits, device and device.bits or {}, tvb(at, 8), little)
     end
     if used == 0 and #payload.fields > 0 then
         tree:add_proto_expert_info(malformed, "too short for " .. payload_name)
@@ -249,6 +255,8 @@ function proto.dissector(tvb, pinfo, root)
     tree:add(f.channel, tvb(4, 1))
     add(tree, f.descriptors, tvb(6, 2), little)
     add(tree, f.connection, tvb(8, 4), little)
+    types[connection] = device_types[unsigned(tvb(12, 4), little)] or types[connection]
+    if types[connection] then tree:add(f.device, tvb(12, 4), types[connection].name) end
     pinfo.cols.src = parties[direction] or "?"
     pinfo.cols.dst = parties[1 - direction] or "?"
 
