@@ -95,15 +95,19 @@ pub struct Lead {
 }
 
 impl Lead {
-    /// Requests between two looks at the clock.
-    const MOST_UNSEEN: u32 = 4;
+    /// Requests between two looks at the clock. A driver that looks at the ring has its cache lines when the next ones are
+    /// shown: to get them back costs as much as a small request.
+    const MOST_UNSEEN: u32 = 8;
 
     fn look(&mut self, now: Instant, turnaround: Duration) -> Show {
         let spent = now - self.begin;
         let each = spent / self.done;
         let fit = GLANCE.as_nanos() / each.as_nanos().max(1);
-        self.look_at = self.done + (fit as u32).clamp(1, Self::MOST_UNSEEN);
-        let left = each * self.requests.saturating_sub(self.done);
+        let rest = self.requests.saturating_sub(self.done);
+        // Half of a short batch, after which the driver may be notified, must not be passed by unseen.
+        let most = if self.led { Self::MOST_UNSEEN } else { Self::MOST_UNSEEN.min(rest / 2) };
+        self.look_at = self.done + (fit as u32).clamp(1, most.max(1));
+        let left = each * rest;
         let is_time = !self.led && left <= turnaround && spent >= left;
         if is_time || now - self.notified >= self.patience {
             self.led |= is_time;
@@ -143,7 +147,7 @@ mod tests {
     #[test]
     fn a_short_batch_is_over_before_a_driver_could_be_back_and_half_of_it_has_to_do() {
         assert_eq!(notified_after(32, Duration::from_micros(1), PATIENCE), [17]);
-        assert_eq!(notified_after(8, Duration::from_nanos(500), PATIENCE), [5]);
+        assert_eq!(notified_after(8, Duration::from_nanos(500), PATIENCE), [4]);
     }
 
     #[test]
