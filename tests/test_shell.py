@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE = 20.0
+DEADLINE = 100.0
 VHOST_USER = [sys.executable, "-u", "-m", "vhost_user"]
 
 DEVICES = """

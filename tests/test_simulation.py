@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_a_device_that_answers_after_ten_seconds_takes_exactly_that_long() -> No
         assert times["timer"]
         for asked, answered in zip(times["requestq"], times["timer"], strict=False):
             assert answered - asked == pytest.approx(10, abs=1e-9)
+
+
+def test_only_a_guest_that_works_without_a_pause_for_too_long_hangs() -> None:
+    with Simulation() as simulation:
+        guest = simulation.boot_uml()
+        simulation.patience = 2.5
+        for second in range(1, 8):
+            simulation.call_at(simulation.now + second, lambda: time.sleep(0.4))
+        before = time.monotonic()
+        assert guest.run("sleep 8; echo on").text == "on"
+        assert time.monotonic() - before > simulation.patience
+        simulation.patience = 0.5
+        with pytest.raises(GuestError, match="hangs"):
+            guest.run("while :; do :; done")
 
 
 def story() -> list[Event]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import heapq
+import math
 import os
 import select
 import socket
@@ -193,7 +194,7 @@ class Simulation:
             over = True
 
         self._plan(end, "", "pause", stop)
-        self._go_on(lambda: over, time.monotonic() + self.patience)
+        self._go_on(lambda: over, math.inf)
 
     # --- The clock --------------------------------------------------------------------------------------------------
 
@@ -211,9 +212,11 @@ class Simulation:
     def _record(self, who: str, what: str) -> None:
         self.trace.append(Event(self.now, who, what))
 
-    def _go_on(self, done: Callable[[], bool], deadline: float) -> None:
-        """Let time go on until `done`, or the real `deadline`."""
-        while self._let_guest_work(deadline) and not done():
+    def _go_on(self, done: Callable[[], bool], deadline: float) -> bool:
+        """Let time go on until `done`. False: the guest ended, or works beyond the real `deadline` or our patience."""
+        while self._let_guest_work(min(deadline, time.monotonic() + self.patience)):
+            if done():
+                return True
             while self._planned and self._planned[0].number in self._cancelled:
                 self._cancelled.discard(heapq.heappop(self._planned).number)
             if not self._planned:
@@ -223,6 +226,7 @@ class Simulation:
             if planned.who:
                 self._record(planned.who, planned.what)
             planned.action()
+        return False
 
     def _let_guest_work(self, deadline: float) -> bool:
         """Serve whoever has something to say until the guest waits for its turn. False: it will not."""
@@ -501,8 +505,9 @@ class SimulatedUml(Uml):
             )
         readable = select.poll()
         readable.register(descriptor, select.POLLIN)
-        limit = min(deadline, time.monotonic() + self._simulation.patience)
-        self._simulation._go_on(lambda: bool(readable.poll(0)), limit)
+        if not self._simulation._go_on(lambda: bool(readable.poll(0)), deadline):
+            # What it has not said by now it will not say.
+            machine.lose_patience()
 
     @property
     def _participant(self) -> _Participant:
