@@ -320,6 +320,28 @@ def test_a_ring_is_suspended_at_once_and_takes_up_what_it_had_begun(
     assert [head for head, _ in ring.wait(2)] == heads
 
 
+@pytest.mark.parametrize("can_choose", [False, True])
+def test_whoever_takes_up_requests_and_cannot_choose_when_never_waits_for_them(
+    serve: Serve, connect: Connect, hold: Hold, memory: Memory, can_choose: bool
+) -> None:
+    front = connect(serve(hold))
+    front.negotiate(PROTOCOL_FEATURES | VERSION_1, PROTOCOL if can_choose else PROTOCOL & ~GET_VRING_BASE_SKIP_DRAIN)
+    front.share(memory)
+    record = new_record(front)
+    ring = Ring(memory)
+    front.start(ring)
+    heads = submit(front, ring, 2)
+    held = [hold.next(), hold.next()]
+    front.send(Id.GET_VRING_BASE, vring_state(0))
+    if can_choose:
+        assert front.is_silent()
+        for request in held:
+            request.complete()
+    assert front.reply_to(Id.GET_VRING_BASE) == vring_state(0, 2)
+    assert record.marked == ([] if can_choose else heads)
+    assert ring.used_index == (2 if can_choose else 0)
+
+
 def test_without_a_record_nothing_is_left_behind(front: FrontEnd, hold: Hold, memory: Memory) -> None:
     ring = Ring(memory)
     front.start(ring)

@@ -543,18 +543,8 @@ impl Session {
                 let addresses = RingAddresses { descriptors, avail, used };
                 self.vring(queue).set_addresses(addresses, address.used_log()).map_err(refuse)?;
             }
-            M::GetVringBase(_) => {
-                return self.wait_for(vec![queue], None, Then::ReplyVringBase { request, queue }, hooks);
-            }
-            M::GetVringBaseSkipDrain(_) => {
-                let then = Then::ReplyVringBase { request, queue };
-                if !self.vring(queue).is_recorded() {
-                    // Nobody would ever hear of what is in flight.
-                    return self.wait_for(vec![queue], None, then, hooks);
-                }
-                self.tell_stopping(queue, hooks);
-                return self.after_drain(then, &[queue], hooks).map(|()| Done::Answered);
-            }
+            M::GetVringBase(_) => return self.stop_vring(request, queue, self.suspends_always(), hooks),
+            M::GetVringBaseSkipDrain(_) => return self.stop_vring(request, queue, true, hooks),
             M::GetInflightFd(Inflight { queues, queue_size, .. }) => {
                 let format = self.check_inflight(queues).map_err(refuse)?;
                 let created = InflightBuffer::create(format, queues, queue_size);
@@ -920,6 +910,29 @@ impl Session {
         let timer = self.events.add_timer(deadline.unwrap_or(since + DRAIN_REMINDER));
         self.waiting = Some(Waiting { queues, since, deadline, timer, then });
         self.watch_connection();
+    }
+
+    /// Answer with the ring's base when nothing is in flight, or, `at_once`, leave what is in flight to the record.
+    fn stop_vring(
+        &mut self,
+        request: FrontendRequest,
+        queue: u16,
+        at_once: bool,
+        hooks: &mut dyn Hooks,
+    ) -> Result<Done, Error> {
+        let then = Then::ReplyVringBase { request, queue };
+        // Without a record nobody would ever hear of what is in flight.
+        if !at_once || !self.vring(queue).is_recorded() {
+            return self.wait_for(vec![queue], None, then, hooks);
+        }
+        self.tell_stopping(queue, hooks);
+        self.after_drain(then, &[queue], hooks).map(|()| Done::Answered)
+    }
+
+    /// Whether the front-end takes up what is in flight when a ring stops, and has no message to say when it would.
+    fn suspends_always(&self) -> bool {
+        self.protocol_features.contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT)
+            && !self.protocol_features.contains(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN)
     }
 
     fn after_drain(&mut self, then: Then, queues: &[u16], hooks: &mut dyn Hooks) -> Result<(), Error> {
