@@ -41,10 +41,14 @@ _DPDK = (
     "REPLY_ACK "
 )
 SEEN = {
-    "QEMU": {*(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS").split()},
+    "QEMU": {
+        *(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS GPA_ADDRESSES").split()
+    },
     "UML": {*(_SET_UP + "SET_MEM_TABLE").split()},
     "QEMU (killed disk)": {"GET_INFLIGHT_FD", "SET_INFLIGHT_FD"},
-    "QEMU (migration)": {"SET_LOG_BASE"},
+    "QEMU (migration)": {"SET_LOG_BASE", "LOG_SHMFD"},
+    "QEMU (device state)": {"SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE"},
+    "QEMU (postcopy)": {"POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END", "GET_VRING_BASE_INFLIGHT"},
     "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
@@ -64,6 +68,11 @@ PEERS = {
     "QEMU (killed disk)": "devices/test_qemu.py::test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes",
     "QEMU (migration)": (
         "devices/test_migration.py::test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote"
+    ),
+    "QEMU (device state)": "devices/test_migration.py::test_the_state_of_a_device_goes_along_or_the_guest_stays",
+    "QEMU (postcopy)": (
+        "devices/test_migration.py::"
+        "test_a_guest_goes_on_before_its_memory_is_there_and_what_was_in_flight_is_done_there"
     ),
     "QEMU (IOMMU)": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",

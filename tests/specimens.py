@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import vhost_user as vu
 from raw import FrontEnd
@@ -13,6 +17,14 @@ from raw import FrontEnd
 #: The fixtures `serve` and `connect`.
 Serve = Callable[[vu.Device], Path]
 Connect = Callable[[Path], FrontEnd]
+
+KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+
+#: For tests of postcopy. Nothing that could be installed would help.
+needs_userfault = pytest.mark.skipif(
+    KERNEL < (6, 6) or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
+    reason="needs a userfaultfd: Linux 6.6, and /dev/userfaultfd",
+)
 
 #: A number that no device type has.
 NO_TYPE = 0x7FFF

@@ -37,18 +37,9 @@ from raw import (
     Ring,
     u64,
 )
-from specimens import Connect, Reverse, Serve
+from specimens import Connect, Reverse, Serve, needs_userfault
 
-KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-
-pytestmark = [
-    pytest.mark.timeout(60),
-    # Nothing that could be installed would help.
-    pytest.mark.skipif(
-        KERNEL < (6, 6) or not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
-        reason="needs a userfaultfd: Linux 6.6, and /dev/userfaultfd",
-    ),
-]
+pytestmark = [pytest.mark.timeout(60), needs_userfault]
 
 PAGE = 4096
 PAGEFAULT = 1 << 8

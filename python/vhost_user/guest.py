@@ -435,32 +435,70 @@ class Qemu(Guest):
         other._waits_for_guest = True
         return other
 
-    def migrate(self, to: Self, during: Callable[[], object] = lambda: None, *, timeout: float = 60) -> None:
+    def migrate(
+        self,
+        to: Self,
+        during: Callable[[], object] = lambda: None,
+        *,
+        postcopy: bool = False,
+        timeout: float = 60,
+    ) -> None:
         """Move the guest to another QEMU, which :meth:`receiver` made: its commands run there afterwards, and this QEMU
         ends.
 
         `during` is called once all of the guest's memory was sent for the first time. What changes meanwhile is sent
         again; but a guest that does nothing for a moment may be gone before it returns: run no commands there.
 
+        With `postcopy` the guest goes on in the other QEMU at once, and `during` is called while its memory follows: a
+        page that somebody touches before it came is fetched. All devices there need :attr:`Device.postcopy`.
+
         Raises:
-            GuestError: QEMU gave up, with its reason, or is not done within `timeout` seconds.
+            GuestError: QEMU gave up, with its reason, or is not done within `timeout` seconds. A guest that did not go
+                on there yet goes on here.
         """
         assert to._monitor_path is not None
-        address = f"unix:{to._monitor_path.parent}/guest"
-        to.monitor("migrate-incoming", uri=address)
-        # So little time for what is left that there is always more, while a guest does anything.
-        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 0})
-        self.monitor("migrate", uri=address)
         deadline = time.monotonic() + timeout
-        self._wait_for_migration(lambda state: state.get("ram", {}).get("dirty-sync-count", 0) > 1, deadline)
-        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 16})
-        during()
-        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 2000})
+        address = f"unix:{to._monitor_path.parent}/guest"
+        if postcopy:
+            for machine in (self, to):
+                machine._set_capability("postcopy-ram")
+        # Or this QEMU would be done when the other one has got everything, whether it likes what it got or not.
+        self._set_capability("return-path")
+        to.monitor("migrate-incoming", uri=address)
+        if postcopy:
+            self._follow_with_memory(address, during, deadline)
+        else:
+            self._precede_with_memory(address, during, deadline)
         self._wait_for_migration(lambda state: state["status"] == "completed", deadline)
         while to.monitor("query-status")["status"] != "running":
             time.sleep(0.01)
         # What is left here is a paused guest, which would not power off.
         self.kill()
+
+    def _precede_with_memory(self, address: str, during: Callable[[], object], deadline: float) -> None:
+        # So little time for what is left that there is always more, while a guest does anything.
+        self._set_migration(max_bandwidth=1 << 30, downtime_limit=0)
+        self.monitor("migrate", uri=address)
+        self._wait_for_migration(lambda state: state.get("ram", {}).get("dirty-sync-count", 0) > 1, deadline)
+        self._set_migration(max_bandwidth=1 << 16)
+        during()
+        self._set_migration(max_bandwidth=1 << 30, downtime_limit=2000)
+
+    def _follow_with_memory(self, address: str, during: Callable[[], object], deadline: float) -> None:
+        # Next to nothing comes before it is asked for.
+        self._set_migration(max_bandwidth=1 << 16, max_postcopy_bandwidth=1 << 20)
+        self.monitor("migrate", uri=address)
+        self._wait_for_migration(lambda state: state["status"] == "active", deadline)
+        self.monitor("migrate-start-postcopy")
+        self._wait_for_migration(lambda state: state["status"] == "postcopy-active", deadline)
+        during()
+        self._set_migration(max_postcopy_bandwidth=1 << 30)
+
+    def _set_capability(self, name: str) -> None:
+        self.monitor("migrate-set-capabilities", capabilities=[{"capability": name, "state": True}])
+
+    def _set_migration(self, **parameters: int) -> None:
+        self.monitor("migrate-set-parameters", **{name.replace("_", "-"): value for name, value in parameters.items()})
 
     def _wait_for_migration(self, reached: Callable[[dict[str, Any]], bool], deadline: float) -> None:
         while not reached(state := self.monitor("query-migrate")):

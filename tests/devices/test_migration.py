@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import struct
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 import vhost_user as vu
 from devices.running import wait_for
-from specimens import Serve
+from specimens import Serve, needs_userfault
 from vhost_user.devices import Blk
 from vhost_user.devices.blk import SECTOR
-from vhost_user.guest import Qemu
+from vhost_user.guest import GuestError, Qemu
 
 MIB = 1 << 20
 BLOCK = MIB // 4
 
-#: Until it is told to stop: bytes to the first disk and back, past the page cache; and two readers of the other disks,
-#: which have no end. Each has one buffer, of one block, that only the device writes to, and that waits for somebody to
+#: Until they are told to stop: bytes to the first disk and back, past the page cache; and readers of other disks, which
+#: have no end. Each reader has one buffer, of one block, that only the device writes to, and that waits for somebody to
 #: take the block for most of the time: so no page of it is sent again because somebody else wrote there.
-LOAD = """
+FUNCTIONS = """
 copy() {
     round=0
     while [ ! -e stop ]; do
@@ -42,11 +46,22 @@ read_on() {
     done
     touch ended.$1
 }
+"""
+LOAD = """
+echo vda vdb vdc > jobs
 touch failed sums.vdb sums.vdc
 echo 0 > copied
 copy &
 read_on vdb &
 read_on vdc &
+"""
+
+#: The same reader, and one write that nobody waits for.
+WRITE_AND_READ = """
+echo vdb > jobs
+touch failed sums.vdb
+read_on vdb &
+(dd if=content of=/dev/vda bs=1M oflag=direct; echo $? > written) 2> /dev/null &
 """
 
 
@@ -93,6 +108,19 @@ def sums(guest: Qemu, disk: str) -> list[str]:
     return [line.split()[0] for line in guest.run(f"cat sums.{disk}").text.splitlines()]
 
 
+def check_and_stop(guest: Qemu, read: list[str]) -> None:
+    """The load goes on, and nothing was wrong of what it has read from those disks."""
+    before = {name: len(sums(guest, name)) for name in read}
+    for name, number in before.items():
+        guest.run(f"until [ $(wc -l < sums.{name}) -gt {number + 2} ]; do sleep 0.1; done", timeout=60)
+    guest.run("touch stop; for job in $(cat jobs); do until [ -e ended.$job ]; do sleep 0.1; done; done", timeout=60)
+    assert guest.run("cat failed").text == ""
+    # Nobody has read the blocks again that were in memory when the guest moved.
+    for name in before:
+        seen = sums(guest, name)
+        assert seen == [hashlib.md5(numbers(n * BLOCK, BLOCK)).hexdigest() for n in range(len(seen))]
+
+
 @pytest.mark.timeout(300)
 def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(serve: Serve, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
@@ -125,19 +153,106 @@ def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(se
         wait_for(lambda: holding.holds or is_gone(), 60)
 
     with Qemu(serve_all(here)) as source:
-        source.run(LOAD)
+        source.run(FUNCTIONS + LOAD)
         source.run("until [ -s sums.vdb -a -s sums.vdc ]; do sleep 0.1; done")
         with source.receiver(serve_all(there)) as target:
             source.migrate(target, some_requests, timeout=120)
-            before = {name: len(sums(target, name)) for name in ("vdb", "vdc")}
-            for name, number in before.items():
-                target.run(f"until [ $(wc -l < sums.{name}) -gt {number + 2} ]; do sleep 0.1; done", timeout=60)
-            ended = "[ -e ended.vda -a -e ended.vdb -a -e ended.vdc ]"
-            target.run(f"touch stop; until {ended}; do sleep 0.1; done", timeout=60)
-            assert target.run("cat failed").text == ""
+            check_and_stop(target, ["vdb", "vdc"])
             is_packed = [bool(device.negotiated & vu.TransportFeature.RING_PACKED) for device in there]
             assert is_packed == [True, True, False]
-            # Nobody has read the blocks again that were in memory when the guest moved.
-            for name in before:
-                seen = sums(target, name)
-                assert seen == [hashlib.md5(numbers(n * BLOCK, BLOCK)).hexdigest() for n in range(len(seen))]
+
+
+class Files(vu.Device, device_id=26):
+    """A file system that answers every question with an error. What it knows of its driver is `state`."""
+
+    hiprio = vu.Queue()
+    requests = vu.Queue()
+
+    def __init__(self, state: bytes = b"") -> None:
+        self.state = state
+
+    @requests.handler
+    def refuse(self, request: vu.Request) -> None:
+        _, _, unique = request.unpack("<IIQ")
+        request.write(struct.pack("<IiQ", 16, -errno.ENOSYS, unique))
+
+    def on_save_state(self, file: BinaryIO) -> None:
+        file.write(self.state)
+
+    def on_load_state(self, file: BinaryIO) -> None:
+        self.state = file.read()
+
+
+class Choosy(Files):
+    def on_load_state(self, file: BinaryIO) -> None:
+        raise ValueError("that is nothing that I know of")
+
+
+@pytest.mark.timeout(240)
+def test_the_state_of_a_device_goes_along_or_the_guest_stays(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    # More than what fits in a pipe.
+    here, choosy, there = Files(os.urandom(MIB)), Choosy(), Files()
+
+    def attach(device: Files) -> list[tuple[Path, int, str]]:
+        return [(serve(device), device.device_id, "tag=files")]
+
+    def use(guest: Qemu, device: Files) -> None:
+        before = device.queues[1].statistics.requests
+        guest.run("mount -t virtiofs files /mnt; ls /mnt; umount /mnt", check=False)
+        assert device.queues[1].statistics.requests > before
+
+    with Qemu(attach(here)) as source:
+        use(source, here)
+        with source.receiver(attach(choosy)) as target, pytest.raises(GuestError, match="did not migrate"):
+            source.migrate(target)
+        assert "that is nothing that I know of" in caplog.text
+        use(source, here)
+        with source.receiver(attach(there)) as target:
+            source.migrate(target)
+            assert there.state == here.state
+            use(target, there)
+
+
+class Deaf(Blk):
+    """A disk that begins with what it is to write, and never ends."""
+
+    begun: vu.Request | None = None
+
+    def execute(self, request: vu.Request) -> None:
+        if request.readable < SECTOR:
+            super().execute(request)
+        else:
+            self.begun = request.detach()
+
+
+@needs_userfault
+@pytest.mark.timeout(300)
+def test_a_guest_goes_on_before_its_memory_is_there_and_what_was_in_flight_is_done_there(
+    serve: Serve, tmp_path: Path
+) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    deaf, hearing = Deaf(image), Blk(image)
+    here, there = [deaf, Numbers()], [hearing, Numbers()]
+    for device in (*here, *there):
+        device.postcopy = True
+
+    def attach(devices: list[Blk]) -> list[tuple[Path, int, str]]:
+        return [(serve(device), device.device_id, "inflight-migration=on") for device in devices]
+
+    def take_up() -> None:
+        """The device there asks for what the guest has written: nobody else looks at it."""
+        wait_for(lambda: hearing.queues[0].statistics.requests, 120)
+
+    # QEMU tells of each page that a device asks for.
+    with Qemu(attach(here), extra_args=["-trace", "vhost_user_postcopy_fault_handler_found"]) as source:
+        digest = source.run("head -c 1048576 /dev/urandom > content; sha256sum content").text.split()[0]
+        source.run(FUNCTIONS + WRITE_AND_READ)
+        source.run("until [ -s sums.vdb ]; do sleep 0.1; done")
+        wait_for(lambda: deaf.begun, 30)
+        with source.receiver(attach(there)) as target:
+            source.migrate(target, take_up, postcopy=True, timeout=180)
+            assert target.run("until [ -s written ]; do sleep 0.1; done; cat written", timeout=60).text == "0"
+            assert hashlib.sha256(image.read_bytes()).hexdigest() == digest
+            assert "vhost_user_postcopy_fault_handler_found 0:" in target.log
+            check_and_stop(target, ["vdb"])
