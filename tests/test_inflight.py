@@ -363,7 +363,8 @@ import vhost_user as vu
 
 class Count(vu.Device, device_id=0x7FFF):
     requestq = vu.Queue()
-    packed_rings = len(sys.argv) > 3
+    packed_rings = "packed" in sys.argv
+    iommu = "iommu" in sys.argv
 
     @requestq.handler
     def count(self, request):
@@ -389,6 +390,7 @@ class Nursery:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.path = folder / "count.sock"
+        self.iommu = "iommu" in options
         self._log = folder / "count.log"
         command = [sys.executable, "-c", NURSERY, str(self.path), str(self._log), *options]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -441,11 +443,17 @@ def patiently(nursery: Nursery, frontend: vu.Frontend | None = None) -> vu.Front
             time.sleep(0.001)
 
 
+@pytest.mark.parametrize(
+    "nursery",
+    [(), ("packed",), ("iommu",), ("packed", "iommu")],
+    ids=["split", "packed", "split-iommu", "packed-iommu"],
+    indirect=True,
+)
 def test_every_request_completes_once_however_often_the_device_is_killed(nursery: Nursery) -> None:
     dice = random.Random(20)
     nursery.start()
     with patiently(nursery) as frontend:
-        frontend.negotiate()
+        frontend.negotiate(iommu=nursery.iommu)
         frontend.set_inflight(frontend.get_inflight(1, 64))
         queue = frontend.queue(0, 64)
         under_way: dict[int, vu.Completion] = {}
@@ -474,6 +482,7 @@ def test_every_request_completes_once_however_often_the_device_is_killed(nursery
         for number, completion in under_way.items():
             assert completion.wait(30) == struct.pack("=Q", number) * (1 + number % 3)
             completed[number] += 1
+        assert bool(frontend.iotlb_misses) == nursery.iommu
         frontend.close()
     assert completed == Counter(range(submitted)), "each once"
     executed = Counter(number for number, _ in nursery.log)

@@ -17,6 +17,8 @@ from raw import (
     ACCESS_PLATFORM,
     BACKEND_REQ,
     INDIRECT_DESC,
+    LOG_ALL,
+    LOG_SHMFD,
     MQ,
     NEED_REPLY,
     PROTOCOL_FEATURES,
@@ -28,6 +30,7 @@ from raw import (
     Channel,
     FrontEnd,
     Id,
+    Log,
     Memory,
     Ring,
     iotlb,
@@ -62,7 +65,7 @@ class MappedRing(Ring):
         super().set_descriptor(at, address + IOVA, length, flags, next)
 
     def address_payload(self, **other: int) -> bytes:
-        return vring_address(self.index, self.descriptors + IOVA, self.used + IOVA, self.avail + IOVA)
+        return vring_address(self.index, self.descriptors + IOVA, self.used + IOVA, self.avail + IOVA, **other)
 
     @property
     def pages(self) -> list[int]:
@@ -158,10 +161,17 @@ def rig(serve: Serve, connect: Connect, memory: Memory) -> Rig:
     return set_up(ReverseMany(), serve, connect, memory)
 
 
-def set_up(device: vu.Device, serve: Serve, connect: Connect, memory: Memory) -> Rig:
+def set_up(
+    device: vu.Device,
+    serve: Serve,
+    connect: Connect,
+    memory: Memory,
+    features: int = FEATURES,
+    protocol: int = PROTOCOL,
+) -> Rig:
     device.iommu = True
     front = connect(serve(device))
-    front.negotiate(FEATURES, PROTOCOL)
+    front.negotiate(features, protocol)
     channel = front.open_backend_channel()
     front.share(memory)
     return Rig(device, front, memory, Iommu(front, memory, channel))
@@ -243,6 +253,24 @@ def test_a_buffer_may_be_on_scattered_pages(rig: Rig) -> None:
     rig.front.kick(ring)
     assert ring.wait() == [(0, 4)]
     assert rig.memory.read(elsewhere[2] + PAGE - 2, 2) + rig.memory.read(elsewhere[1], 2) == b"\0zyx"
+
+
+def test_what_is_written_is_logged_where_it_is_in_guest_memory(serve: Serve, connect: Connect, memory: Memory) -> None:
+    rig = set_up(ReverseMany(), serve, connect, memory, FEATURES | LOG_ALL, PROTOCOL | LOG_SHMFD)
+    log = rig.front.own(Log.of(memory))
+    rig.front.set_log(log)
+    ring = rig.ring()
+    rig.front.tell(Id.SET_VRING_ADDR, ring.address_payload(flags=1, log=ring.used))
+    room, source = rig.memory.allocate(2 * PAGE, PAGE), rig.page(b"xyz")
+    elsewhere = [rig.page(), rig.page()]
+    for at, page in enumerate(elsewhere):
+        update = iotlb(UPDATE, room + at * PAGE + IOVA, PAGE, rig.memory.to_user(page), BOTH)
+        assert rig.iommu.message(update) == 0
+    rig.iommu.map(source)
+    ring.add_pieces([(source, 3, 0), (room + PAGE - 2, 4, WRITE)])
+    rig.front.kick(ring)
+    assert ring.wait() == [(0, 4)]
+    assert log.dirty() == {*elsewhere, ring.used // PAGE * PAGE}
 
 
 def test_a_miss_that_is_refused_breaks_its_ring_alone_and_says_why(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
