@@ -184,7 +184,7 @@ impl Snapshot {
     #[inline]
     #[must_use]
     pub fn direct_piece(&self, address: u64, length: u64) -> Option<Segment> {
-        self.directory.piece(address, length).filter(|_| self.iotlb.is_none())
+        if self.iotlb.is_none() { self.directory.piece(address, length) } else { None }
     }
 
     /// Call `segment` for each contiguous piece of `address..address + length`, in order. An empty range is nowhere and

@@ -155,15 +155,6 @@ impl Chain {
         self.head = head;
     }
 
-    #[inline]
-    fn push(&mut self, segment: Segment) {
-        match self.few.get_mut(self.count as usize) {
-            Some(slot) => *slot = segment,
-            None => self.push_more(segment),
-        }
-        self.count += 1;
-    }
-
     #[cold]
     #[inline(never)]
     fn push_more(&mut self, segment: Segment) {
@@ -204,7 +195,11 @@ impl Default for Chain {
 /// A chain that is being put together. What changes with every descriptor is here, in registers.
 pub(super) struct Draft<'a> {
     chain: &'a mut Chain,
+    /// Segments and bytes, and those of them that are readable.
+    count: u32,
+    readable_segments: u32,
     bytes: u64,
+    readable: u32,
     /// Whether a writable descriptor was seen, be it an empty one.
     writing: bool,
 }
@@ -220,7 +215,7 @@ impl<'a> Draft<'a> {
             more.segments.clear();
             more.mapped.clear();
         }
-        Self { chain, bytes: 0, writing: false }
+        Self { chain, count: 0, readable_segments: 0, bytes: 0, readable: 0, writing: false }
     }
 
     pub(super) fn head(&self) -> u16 {
@@ -232,56 +227,62 @@ impl<'a> Draft<'a> {
         self.bytes
     }
 
-    /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
+    /// Append a buffer as most are: in one piece, where the chain has room for it, and no more than `limit` bytes with
+    /// those before it. False, and nothing happened, of any other.
     #[inline(always)]
-    pub(super) fn may_go_on(&mut self, writable: bool) -> bool {
-        if writable && !self.writing {
-            self.end_readable();
-            self.writing = true;
+    pub(super) fn push_simple(&mut self, segment: Segment, writable: bool, limit: u32) -> bool {
+        let bytes = self.bytes + segment.length as u64;
+        if bytes > limit.into() || !writable && self.writing {
+            return false;
         }
+        let Some(place) = self.chain.few.get_mut(self.count as usize) else { return false };
+        *place = segment;
+        self.count += 1;
+        self.bytes = bytes;
+        self.end(writable);
+        true
+    }
+
+    /// Whether a descriptor of this direction may follow: a readable one may not follow a writable one.
+    pub(super) fn may_go_on(&mut self, writable: bool) -> bool {
+        self.writing |= writable;
         writable == self.writing
     }
 
-    /// Append the buffer of a descriptor: `length` bytes at the driver's `address`.
-    #[inline(always)]
+    /// Append the buffer of a descriptor that may follow: `length` bytes at the driver's `address`.
     pub(super) fn push_buffer(&mut self, snapshot: &Snapshot, address: u64, length: u32) -> Result<(), Untranslated> {
-        match snapshot.direct_piece(address, length.into()) {
-            Some(segment) => self.chain.push(segment),
-            None => push_indirectly(self.chain, snapshot, address, length, self.writing)?,
+        let access = Access::to_descriptor(self.writing);
+        snapshot.resolve(address, length.into(), access, |segment| self.push(segment))?;
+        if snapshot.iotlb().is_some() {
+            self.chain.more.get_or_insert_default().mapped.extend(IovaRange::new(address, length.into()));
         }
         self.bytes += u64::from(length);
+        self.end(self.writing);
         Ok(())
+    }
+
+    fn push(&mut self, segment: Segment) {
+        match self.chain.few.get_mut(self.count as usize) {
+            Some(place) => *place = segment,
+            None => self.chain.push_more(segment),
+        }
+        self.count += 1;
+    }
+
+    /// What was appended is the end of the readable part, or of the writable one.
+    #[inline(always)]
+    fn end(&mut self, writable: bool) {
+        if writable {
+            self.writing = true;
+        } else {
+            (self.readable_segments, self.readable) = (self.count, self.bytes as u32);
+        }
     }
 
     /// The chain has no more descriptors, and was found to be no longer than the limit.
     #[inline(always)]
-    pub(super) fn finish(mut self) {
-        if !self.writing {
-            self.end_readable();
-        }
-        self.chain.writable = self.bytes as u32 - self.chain.readable;
+    pub(super) fn finish(self) {
+        (self.chain.count, self.chain.readable_segments) = (self.count, self.readable_segments);
+        (self.chain.readable, self.chain.writable) = (self.readable, self.bytes as u32 - self.readable);
     }
-
-    #[inline(always)]
-    fn end_readable(&mut self) {
-        self.chain.readable = self.bytes as u32;
-        self.chain.readable_segments = self.chain.count;
-    }
-}
-
-/// Append a buffer that is empty, in several regions, behind an IOMMU, or nowhere.
-#[cold]
-#[inline(never)]
-fn push_indirectly(
-    chain: &mut Chain,
-    snapshot: &Snapshot,
-    address: u64,
-    length: u32,
-    writable: bool,
-) -> Result<(), Untranslated> {
-    snapshot.resolve(address, length.into(), Access::to_descriptor(writable), |segment| chain.push(segment))?;
-    if snapshot.iotlb().is_some() {
-        chain.more.get_or_insert_default().mapped.extend(IovaRange::new(address, length.into()));
-    }
-    Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::chain::{Chain, Draft, Used};
 use super::inflight::{Copied, InflightSlot, PackedRecord, Recovered};
@@ -108,10 +108,27 @@ pub(super) fn wants_event(suppression: u32, end: Position, slots: u16, size: u16
 }
 
 impl Descriptor {
-    fn from_packed([address, rest]: [u64; 2]) -> Self {
-        let (address, rest) = (u64::from_le(address), u64::from_le(rest));
-        Self { address, length: rest as u32, link: (rest >> 32) as u16, flags: (rest >> 48) as u16 }
+    fn from_packed([address, half]: [u64; 2]) -> Self {
+        let length = u64::from_le(half) as u32;
+        Self { address: u64::from_le(address), length, link: Self::id(half), flags: Self::flags(half) }
     }
+
+    /// The buffer id, which is in the second half.
+    fn id(half: u64) -> u16 {
+        (u64::from_le(half) >> 32) as u16
+    }
+
+    /// The flags, which are in the second half.
+    fn flags(half: u64) -> u16 {
+        (u64::from_le(half) >> 48) as u16
+    }
+}
+
+/// A chain in the ring: its buffer id, the descriptor behind it, and how many are free from there on.
+struct Found {
+    id: u16,
+    end: usize,
+    left: usize,
 }
 
 /// A running packed ring.
@@ -127,8 +144,11 @@ pub struct PackedRing {
     /// How many descriptors the chain in flight with each buffer id has; 0 where there is none.
     chains: Box<[u16]>,
     in_flight: u16,
-    /// The id of the chain that was taken last, while it may still be put back, or `NO_CHAIN`.
+    /// The id of the chain that was taken last, which may be put back if it is in flight, or `NO_CHAIN`.
     last_taken: u32,
+
+    /// Whether there is an order or a record: one question for the two of them.
+    keeps_account: bool,
     order: Option<Order>,
 
     /// The first used descriptor that the driver cannot see yet, and the flags that will show it and those behind it.
@@ -179,6 +199,7 @@ impl Ring for PackedRing {
             chains: vec![0; size.into()].into(),
             in_flight: 0,
             last_taken: NO_CHAIN,
+            keeps_account: options.in_order,
             order: options.in_order.then(Order::default),
             hidden: None,
             undecided: None,
@@ -199,6 +220,7 @@ impl Ring for PackedRing {
         self.hide_unpublished();
         let entries = vec![0; self.common.size.into()].into();
         let resubmit = resubmit.into();
+        self.keeps_account = true;
         self.record = Some(Box::new(Recorded { record, resubmit, last_was_one: false, entries, copied: Vec::new() }));
         Ok(self)
     }
@@ -249,30 +271,13 @@ impl Ring for PackedRing {
 
     fn take(&mut self, chains: &mut [Chain]) -> Result<usize, RingError> {
         let again = if self.resubmitting() > 0 { self.take_again(chains)? } else { 0 };
-        let (mut count, mut at, mut free) = (again, self.avail, self.common.size - self.taken);
-        for chain in &mut chains[again..] {
-            if !self.is_available(at) {
-                break;
-            }
-            let (id, descriptors) = match self.follow(at, free, chain) {
-                Ok(found) => found,
-                Err(error) if count == 0 => return Err(*error),
-                Err(_) => break,
-            };
-            chain.set_head(id);
-            self.chains[usize::from(id)] = descriptors;
-            self.last_taken = id.into();
-            if let Some(order) = &mut self.order {
-                order.taken(id);
-            }
-            at = at.plus(descriptors, self.common.size);
-            free -= descriptors;
-            count += 1;
+        let chains = &mut chains[again..];
+        let taken = if self.keeps_account { self.take_next::<true>(chains) } else { self.take_next::<false>(chains) };
+        match taken {
+            Ok(count) => Ok(again + count),
+            Err(error) if again == 0 => Err(*error),
+            Err(_) => Ok(again),
         }
-        self.avail = at;
-        self.taken = self.common.size - free;
-        self.in_flight += (count - again) as u16;
-        Ok(count)
     }
 
     fn unpop(&mut self, head: u16) -> bool {
@@ -281,6 +286,9 @@ impl Ring for PackedRing {
         }
         self.last_taken = NO_CHAIN;
         let descriptors = std::mem::take(&mut self.chains[usize::from(head)]);
+        if descriptors == 0 {
+            return false;
+        }
         self.in_flight -= 1;
         if let Some(order) = &mut self.order {
             order.put_back();
@@ -300,20 +308,10 @@ impl Ring for PackedRing {
 
     fn fill_used(&mut self, used: &[Used]) {
         self.in_flight = self.in_flight.saturating_sub(u16::try_from(used.len()).unwrap_or(u16::MAX));
-        let (mut end, mut slots) = (self.used, 0);
-        for used in used {
-            if self.last_taken == u32::from(used.head) {
-                self.last_taken = NO_CHAIN;
-            }
-            let descriptors =
-                if self.order.is_none() { self.write_used(end, *used) } else { self.write_in_order(end, *used) };
-            end = end.plus(descriptors, self.common.size);
-            slots += descriptors;
-        }
-        self.used = end;
-        self.taken -= slots;
-        if let Some(undecided) = &mut self.undecided {
-            *undecided = undecided.saturating_add(slots);
+        if self.keeps_account {
+            used.iter().for_each(|used| self.account(*used));
+        } else {
+            self.write_used(used);
         }
     }
 
@@ -409,26 +407,15 @@ impl PackedRing {
         }
     }
 
-    #[inline(never)]
-    fn note_descriptor(&mut self, address: u64, length: u32, flags: u16, id: u16) {
-        if let Some(recorded) = &mut self.record {
-            recorded.copied.push(Copied { address, length, id, flags });
-        }
-    }
-
-    #[inline(never)]
-    fn note_used(&mut self, id: u16) {
-        if let Some(recorded) = &mut self.record {
-            recorded.record.completed(recorded.entries[usize::from(id)]);
-        }
-    }
-
-    /// Say in the record that a chain was taken whose descriptors were copied.
+    /// Say in the record, and in the order, that a chain was taken whose descriptors were copied.
     #[inline(never)]
     fn note_taken(&mut self, id: u16) -> Result<(), Box<RingError>> {
         if let Some(recorded) = &mut self.record {
             recorded.entries[usize::from(id)] = recorded.record.taken(&recorded.copied)?;
             recorded.last_was_one = false;
+        }
+        if let Some(order) = &mut self.order {
+            order.taken(id);
         }
         Ok(())
     }
@@ -487,92 +474,221 @@ impl PackedRing {
         })
     }
 
-    /// Put the chain together that begins at a descriptor which is available, where `free` descriptors are. Returns its
-    /// buffer id, and how many descriptors it takes in the ring.
+    /// Take what the driver has made available. `ACCOUNT` is `keeps_account`: who keeps none has no trace of it here.
+    fn take_next<const ACCOUNT: bool>(&mut self, chains: &mut [Chain]) -> Result<usize, Box<RingError>> {
+        let size = usize::from(self.common.size);
+        let (mut slot, mut free) = (usize::from(self.avail.slot), size - usize::from(self.taken));
+        let mut available = self.avail.available();
+        let (mut count, mut last_taken) = (0, self.last_taken);
+        for chain in chains {
+            // The flags that are looked at are the ones that count: they are not read again.
+            let half = self.second_half(slot).load(Ordering::Acquire);
+            if Descriptor::flags(half) & (AVAIL | USED) != available {
+                break;
+            }
+            let Found { id, end, left } = match self.follow::<ACCOUNT>(slot, half, free, chain) {
+                Ok(found) => found,
+                Err(error) if count == 0 => return Err(error),
+                Err(_) => break,
+            };
+            last_taken = id.into();
+            // The end of a chain is behind its start, unless the ring's end is between them.
+            if end <= slot {
+                available ^= AVAIL | USED;
+            }
+            (slot, free) = (end, left);
+            count += 1;
+        }
+        self.avail = Position { slot: slot as u16, wrap: available == AVAIL };
+        (self.taken, self.last_taken) = ((size - free) as u16, last_taken);
+        self.in_flight += count as u16;
+        Ok(count)
+    }
+
+    /// Put the chain together that begins at a descriptor which is available, and whose second half is `half`. `free`
+    /// descriptors are free.
     #[inline(always)]
-    fn follow(&mut self, start: Position, free: u16, chain: &mut Chain) -> Result<(u16, u16), Box<RingError>> {
-        let (id, descriptors) = self.walk(start, free, chain)?;
-        if self.chains.get(usize::from(id)) != Some(&0) {
-            return Err(self.bad_id(start.slot, id));
+    fn follow<const ACCOUNT: bool>(
+        &mut self,
+        start: usize,
+        half: u64,
+        free: usize,
+        chain: &mut Chain,
+    ) -> Result<Found, Box<RingError>> {
+        let is_recorded = ACCOUNT && self.record.is_some();
+        let found = if Descriptor::flags(half) & INDIRECT != 0 && !is_recorded && free > 0 {
+            self.walk_table(start, half, chain)?;
+            Found { id: Descriptor::id(half), end: self.behind(start), left: free - 1 }
+        } else {
+            self.walk(Draft::new(chain, start as u16), start, half, free, is_recorded)?
+        };
+        let id = found.id;
+        match self.chains.get_mut(usize::from(id)) {
+            Some(descriptors @ 0) => *descriptors = (free - found.left) as u16,
+            _ => return Err(self.bad_id(start as u16, id)),
         }
-        if self.record.is_some() {
-            self.note_taken(id)?;
+        if ACCOUNT && let Err(error) = self.note_taken(id) {
+            self.chains[usize::from(id)] = 0;
+            return Err(error);
         }
-        Ok((id, descriptors))
+        chain.set_head(id);
+        Ok(found)
     }
 
     #[inline(always)]
-    fn walk(&mut self, start: Position, free: u16, chain: &mut Chain) -> Result<(u16, u16), Box<RingError>> {
-        let mut draft = Draft::new(chain, start.slot);
-        let mut slot = start.slot;
-        let keeps_record = self.record.is_some();
+    fn walk(
+        &mut self,
+        mut draft: Draft<'_>,
+        start: usize,
+        mut half: u64,
+        free: usize,
+        is_recorded: bool,
+    ) -> Result<Found, Box<RingError>> {
+        let (mut slot, mut left) = (start, free);
+        loop {
+            let address = self.address(slot);
+            let descriptor = Descriptor::from_packed([address, half]);
+            if is_recorded || left == 0 || !self.common.walk.add_simple(descriptor, &mut draft) {
+                // In parts: the whole would be in memory from then on.
+                let Found { id, end, left } = self.walk_on(draft, slot, address, half, left, free)?;
+                return Ok(Found { id, end, left });
+            }
+            left -= 1;
+            slot = self.behind(slot);
+            if descriptor.flags & NEXT == 0 {
+                draft.finish();
+                return Ok(Found { id: descriptor.link, end: slot, left });
+            }
+            half = self.second_half(slot).load(Ordering::Relaxed);
+        }
+    }
+
+    /// A chain that begins with a table has nothing else.
+    #[inline(never)]
+    fn walk_table(&mut self, start: usize, half: u64, chain: &mut Chain) -> Result<(), Box<RingError>> {
+        let descriptor = Descriptor::from_packed([self.address(start), half]);
+        self.common.walk.indirect(start as u16, descriptor, Draft::new(chain, start as u16), follow_table)
+    }
+
+    /// Go on at a descriptor that is not a simple one, or with a record, which has a copy of them all.
+    #[cold]
+    #[inline(never)]
+    fn walk_on(
+        &mut self,
+        mut draft: Draft<'_>,
+        mut slot: usize,
+        address: u64,
+        half: u64,
+        mut left: usize,
+        free: usize,
+    ) -> Result<Found, Box<RingError>> {
+        let mut descriptor = Descriptor::from_packed([address, half]);
         if let Some(recorded) = &mut self.record {
             recorded.copied.clear();
         }
-        for count in 1..=free {
-            // SAFETY: a slot is less than `size`, and the ring was resolved over `size` entries of 16 bytes. The
-            // guest may write concurrently: hence volatile copies, used alone.
-            let descriptor = unsafe {
-                let entry = self.common.parts.descriptors.add(2 * usize::from(slot));
-                Descriptor::from_packed([entry.read_volatile(), entry.add(1).read_volatile()])
-            };
-            if keeps_record {
-                self.note_descriptor(descriptor.address, descriptor.length, descriptor.flags, descriptor.link);
+        while left > 0 {
+            left -= 1;
+            if let Some(recorded) = &mut self.record {
+                let Descriptor { address, length, link: id, flags } = descriptor;
+                recorded.copied.push(Copied { address, length, id, flags });
             }
+            let found = Found { id: descriptor.link, end: self.behind(slot), left };
             if descriptor.flags & INDIRECT != 0 {
-                self.common.walk.indirect(slot, descriptor, draft, follow_table)?;
-                return Ok((descriptor.link, count));
+                self.common.walk.indirect(slot as u16, descriptor, draft, follow_table)?;
+                return Ok(found);
             }
-            self.common.walk.add(slot, descriptor, &mut draft)?;
+            draft = self.common.walk.add(slot as u16, descriptor, draft)?;
             if descriptor.flags & NEXT == 0 {
                 draft.finish();
-                return Ok((descriptor.link, count));
+                return Ok(found);
             }
-            slot = if slot + 1 < self.common.size { slot + 1 } else { 0 };
+            slot = found.end;
+            descriptor = Descriptor::from_packed([self.address(slot), self.second_half(slot).load(Ordering::Relaxed)]);
         }
-        Err(chain_too_long(start.slot, free.into()))
+        Err(chain_too_long(draft.head(), free as u32))
     }
 
-    /// Write used descriptors from `start` on for a chain that is done, and those that have waited for it. Returns how
-    /// many descriptors they have.
+    /// Write a used descriptor for a chain that is done, and those that have waited for it, and say so in the record.
     #[inline(never)]
-    fn write_in_order(&mut self, start: Position, used: Used) -> u16 {
-        let mut slots = 0;
-        if let Some(mut order) = self.order.take() {
-            order.done(used, |used| slots += self.write_used(start.plus(slots, self.common.size), used));
-            self.order = Some(order);
+    fn account(&mut self, used: Used) {
+        if self.last_taken == u32::from(used.head) {
+            self.last_taken = NO_CHAIN;
+        }
+        match self.order.take() {
+            None => self.record_used(used),
+            Some(mut order) => {
+                order.done(used, |used| self.record_used(used));
+                self.order = Some(order);
+            }
+        }
+    }
+
+    fn record_used(&mut self, used: Used) {
+        let was_in_flight = self.write_used(std::slice::from_ref(&used)) > 0;
+        if was_in_flight && let Some(recorded) = &mut self.record {
+            recorded.record.completed(recorded.entries[usize::from(used.head)]);
+        }
+    }
+
+    /// Write the next used descriptors: all of them but, of the first of a batch, what shows it and those behind it.
+    /// Returns how many descriptors of the ring they stand for.
+    fn write_used(&mut self, used: &[Used]) -> u16 {
+        let size = usize::from(self.common.size);
+        let (mut slot, mut shown) = (usize::from(self.used.slot), self.used.used());
+        let is_in_flight = |used: &&Used| self.chains.get(usize::from(used.head)).is_some_and(|chain| *chain > 0);
+        // What is different in the flags of the first of a batch.
+        let mut hide = 0;
+        if self.hidden.is_none()
+            && let Some(first) = used.iter().find(is_in_flight)
+        {
+            self.hidden = Some((self.used.slot, shown | written_flag(*first)));
+            hide = USED;
+        }
+        for used in used {
+            let descriptors = match self.chains.get_mut(usize::from(used.head)).map(std::mem::take) {
+                Some(descriptors) if descriptors > 0 => usize::from(descriptors),
+                _ => continue,
+            };
+            let flags = (shown | written_flag(*used)) ^ std::mem::take(&mut hide);
+            let half = u64::from(used.written) | u64::from(used.head) << 32 | u64::from(flags) << 48;
+            self.second_half(slot).store(half.to_le(), Ordering::Relaxed);
+            crash::point();
+            slot += descriptors;
+            if slot >= size {
+                slot -= size;
+                shown ^= AVAIL | USED;
+            }
+        }
+        let end = Position { slot: slot as u16, wrap: shown != 0 };
+        let slots = end.ahead_of(self.used, self.common.size).unwrap_or(0);
+        self.used = end;
+        self.taken -= slots;
+        if let Some(undecided) = &mut self.undecided {
+            *undecided = undecided.saturating_add(slots);
         }
         slots
     }
 
-    /// Write the used descriptor `at`: all of it but, if it is the first of a batch, what shows it. Returns how many
-    /// descriptors the chain has.
+    /// The address of a descriptor, `slot < size`.
     #[inline(always)]
-    fn write_used(&mut self, at: Position, used: Used) -> u16 {
-        let descriptors = self.chains.get_mut(usize::from(used.head)).map_or(0, std::mem::take);
-        if descriptors == 0 {
-            return 0;
-        }
-        let flags = at.used() | if used.written > 0 { WRITE } else { 0 };
-        // SAFETY: as in `walk`; the length, aligned to 4, and the id, aligned to 2, are the third quarter of the entry
-        // and half of the fourth. The driver does not look before the flags say so.
-        unsafe {
-            let entry = self.common.parts.descriptors.cast::<u32>().add(4 * usize::from(at.slot));
-            entry.add(2).write_volatile(used.written.to_le());
-            crash::point();
-            entry.add(3).cast::<u16>().write_volatile(used.head.to_le());
-            crash::point();
-        }
-        if self.record.is_some() {
-            self.note_used(used.head);
-        }
-        if self.hidden.is_none() {
-            self.hidden = Some((at.slot, flags));
-        } else {
-            self.flags(at.slot).store(flags.to_le(), Ordering::Relaxed);
-            crash::point();
-        }
-        descriptors
+    fn address(&self, slot: usize) -> u64 {
+        // SAFETY: the ring was resolved over `size` entries of 16 bytes. The guest may write concurrently: hence a
+        // volatile copy, used alone.
+        unsafe { self.common.parts.descriptors.add(2 * slot).read_volatile() }
+    }
+
+    /// The slot behind another one.
+    #[inline(always)]
+    fn behind(&self, slot: usize) -> usize {
+        if slot + 1 < usize::from(self.common.size) { slot + 1 } else { 0 }
+    }
+
+    /// The length, the buffer id and the flags of a descriptor, `slot < size`. They are read and written at once.
+    #[inline(always)]
+    fn second_half(&self, slot: usize) -> &AtomicU64 {
+        // SAFETY: the second half of an entry of 16 bytes that was resolved, aligned to 16; concurrent access is what
+        // atomics are for.
+        unsafe { AtomicU64::from_ptr(self.common.parts.descriptors.add(2 * slot + 1).as_ptr()) }
     }
 
     /// The flags of a descriptor, `slot < size`.
@@ -598,6 +714,11 @@ impl PackedRing {
     }
 }
 
+/// Of a used descriptor: the flag that something was written to the chain.
+fn written_flag(used: Used) -> u16 {
+    if used.written > 0 { WRITE } else { 0 }
+}
+
 /// Put a chain together from what the record has of it, at its entry `first`. Returns its buffer id.
 fn replay(walk: &mut Walk, first: u16, copied: &[Copied], chain: &mut Chain) -> Result<u16, Box<RingError>> {
     let mut draft = Draft::new(chain, first);
@@ -613,20 +734,21 @@ fn replay(walk: &mut Walk, first: u16, copied: &[Copied], chain: &mut Chain) -> 
         if flags & INDIRECT != 0 {
             return walk.indirect(first, descriptor, draft, follow_table).map(|()| id);
         }
-        walk.add(first, descriptor, &mut draft)?;
+        draft = walk.add(first, descriptor, draft)?;
     }
     draft.finish();
     Ok(id)
 }
 
 /// Add what is in an indirect table: every entry, one after the other.
-fn follow_table(walk: &Walk, entries: &[[u8; 16]], draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
+fn follow_table(walk: &Walk, entries: &[[u8; 16]], mut draft: Draft<'_>) -> Result<(), Box<RingError>> {
     for (index, entry) in (0..).zip(entries) {
         let inner = Descriptor::from_packed(words(entry));
         if inner.flags & INDIRECT != 0 {
             return Err(Box::new(RingError::NestedIndirect { descriptor: index }));
         }
-        walk.add(index, inner, draft)?;
+        draft = walk.add(index, inner, draft)?;
     }
+    draft.finish();
     Ok(())
 }

@@ -392,19 +392,17 @@ impl<E: Endian> SplitRing<E> {
     #[inline(always)]
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), Box<RingError>> {
         let size = self.common.size;
+        let [mut address, mut half] = self.descriptor(head);
+        if Descriptor::from_split::<E>([address, half]).flags & INDIRECT != 0 {
+            return self.walk_table(head, address, half, chain);
+        }
         let mut draft = Draft::new(chain, head);
         let mut index = head;
-        for _ in 0..size {
-            // SAFETY: `index < size` (the head was checked, and so is every `next` below), and the table was resolved
-            // over `size` entries of 16 bytes. The guest may write concurrently: hence volatile copies, used alone.
-            let descriptor = unsafe {
-                let entry = self.common.parts.descriptors.add(2 * usize::from(index));
-                Descriptor::from_split::<E>([entry.read_volatile(), entry.add(1).read_volatile()])
-            };
-            if descriptor.flags & INDIRECT != 0 {
-                return self.common.walk.indirect(index, descriptor, draft, follow_table::<E>);
+        for left in (1..=size).rev() {
+            let descriptor = Descriptor::from_split::<E>([address, half]);
+            if !self.common.walk.add_simple(descriptor, &mut draft) {
+                return self.walk_on(draft, index, address, half, left);
             }
-            self.common.walk.add(index, descriptor, &mut draft)?;
             if descriptor.flags & NEXT == 0 {
                 draft.finish();
                 return Ok(());
@@ -413,8 +411,58 @@ impl<E: Endian> SplitRing<E> {
                 return Err(next_out_of_range(index, descriptor.link, size.into()));
             }
             index = descriptor.link;
+            [address, half] = self.descriptor(index);
         }
         Err(chain_too_long(head, size.into()))
+    }
+
+    /// A chain that begins with a table has nothing else.
+    #[inline(never)]
+    fn walk_table(&mut self, head: u16, address: u64, half: u64, chain: &mut Chain) -> Result<(), Box<RingError>> {
+        let descriptor = Descriptor::from_split::<E>([address, half]);
+        self.common.walk.indirect(head, descriptor, Draft::new(chain, head), follow_table::<E>)
+    }
+
+    /// Go on at a descriptor that is not a simple one. The chain may have `left` more, and this is one of them.
+    #[cold]
+    #[inline(never)]
+    fn walk_on(
+        &mut self,
+        mut draft: Draft<'_>,
+        mut index: u16,
+        address: u64,
+        half: u64,
+        left: u16,
+    ) -> Result<(), Box<RingError>> {
+        let mut descriptor = Descriptor::from_split::<E>([address, half]);
+        let size = self.common.size;
+        for _ in 0..left {
+            if descriptor.flags & INDIRECT != 0 {
+                return self.common.walk.indirect(index, descriptor, draft, follow_table::<E>);
+            }
+            draft = self.common.walk.add(index, descriptor, draft)?;
+            if descriptor.flags & NEXT == 0 {
+                draft.finish();
+                return Ok(());
+            }
+            if descriptor.link >= size {
+                return Err(next_out_of_range(index, descriptor.link, size.into()));
+            }
+            index = descriptor.link;
+            descriptor = Descriptor::from_split::<E>(self.descriptor(index));
+        }
+        Err(chain_too_long(draft.head(), size.into()))
+    }
+
+    /// Entry `index` of the descriptor table, which is less than `size`.
+    #[inline(always)]
+    fn descriptor(&self, index: u16) -> [u64; 2] {
+        // SAFETY: `index < size`, and the table was resolved over `size` entries of 16 bytes. The guest may write
+        // concurrently: hence volatile copies, used alone.
+        unsafe {
+            let entry = self.common.parts.descriptors.add(2 * usize::from(index));
+            [entry.read_volatile(), entry.add(1).read_volatile()]
+        }
     }
 
     #[cold]
@@ -455,15 +503,16 @@ impl<E: Endian> SplitRing<E> {
 }
 
 /// Add what is in an indirect table, in the order of its links.
-fn follow_table<E: Endian>(walk: &Walk, entries: &[[u8; 16]], draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
+fn follow_table<E: Endian>(walk: &Walk, entries: &[[u8; 16]], mut draft: Draft<'_>) -> Result<(), Box<RingError>> {
     let mut index = 0;
     for _ in 0..entries.len() {
         let inner = Descriptor::from_split::<E>(words(&entries[usize::from(index)]));
         if inner.flags & INDIRECT != 0 {
             return Err(Box::new(RingError::NestedIndirect { descriptor: index }));
         }
-        walk.add(index, inner, draft)?;
+        draft = walk.add(index, inner, draft)?;
         if inner.flags & NEXT == 0 {
+            draft.finish();
             return Ok(());
         }
         if usize::from(inner.link) >= entries.len() {

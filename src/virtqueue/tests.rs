@@ -572,6 +572,18 @@ fn a_chain_that_is_given_back_unused_is_taken_again() {
 }
 
 #[test]
+fn a_chain_that_is_done_is_not_given_back_unused() {
+    for options in formats(EVENT_IDX) {
+        let mut rig = Rig::new(4, 0, options);
+        let head = rig.submit(&[writable(DATA, 1)], None);
+        drop(rig.take());
+        rig.device.push_used(Used { head, written: 0 });
+        assert!(!rig.device.unpop(head));
+        assert_eq!(rig.device.in_flight(), 0);
+    }
+}
+
+#[test]
 fn a_ring_moves_to_other_memory_and_goes_on() {
     for options in formats(EVENT_IDX) {
         let mut rig = Rig::new(4, 0, options);

@@ -24,9 +24,39 @@ impl Walk {
         Self { snapshot, indirect, limits, table: Vec::new() }
     }
 
-    /// Add what a descriptor points to to the chain. `index` is where the descriptor is, for errors.
+    /// Add the buffer of a descriptor to the chain if it is one as most are. False, and nothing happened, if it is not, or
+    /// may not be there, or is a table: what then is to be done is out of line, so that it costs nothing here.
     #[inline(always)]
-    pub(super) fn add(&self, index: u16, descriptor: Descriptor, draft: &mut Draft<'_>) -> Result<(), Box<RingError>> {
+    pub(super) fn add_simple(&self, descriptor: Descriptor, draft: &mut Draft<'_>) -> bool {
+        let Descriptor { address, length, flags, .. } = descriptor;
+        if flags & INDIRECT != 0 {
+            return false;
+        }
+        match self.snapshot.direct_piece(address, length.into()) {
+            Some(segment) => draft.push_simple(segment, flags & WRITE != 0, self.limits.max_bytes),
+            None => false,
+        }
+    }
+
+    /// Add the buffer of a descriptor to the chain. `index` is where the descriptor is, for errors.
+    #[inline(always)]
+    pub(super) fn add<'a>(
+        &self,
+        index: u16,
+        descriptor: Descriptor,
+        mut draft: Draft<'a>,
+    ) -> Result<Draft<'a>, Box<RingError>> {
+        if self.add_simple(descriptor, &mut draft) { Ok(draft) } else { self.add_any(index, descriptor, draft) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn add_any<'a>(
+        &self,
+        index: u16,
+        descriptor: Descriptor,
+        mut draft: Draft<'a>,
+    ) -> Result<Draft<'a>, Box<RingError>> {
         if !draft.may_go_on(descriptor.flags & WRITE != 0) {
             return Err(readable_after_writable(index));
         }
@@ -36,18 +66,18 @@ impl Walk {
         if draft.bytes() > u64::from(self.limits.max_bytes) {
             return Err(self.too_large(draft.head(), draft.bytes()));
         }
-        Ok(())
+        Ok(draft)
     }
 
-    /// Check and copy the table that a descriptor with INDIRECT points to, and let `follow` add what is in it. It ends
+    /// Check and copy the table that a descriptor with INDIRECT points to, and let `follow` add what is in it, which ends
     /// the chain.
     #[inline(never)]
-    pub(super) fn indirect(
+    pub(super) fn indirect<'a>(
         &mut self,
         outer: u16,
         descriptor: Descriptor,
-        mut draft: Draft<'_>,
-        follow: impl FnOnce(&Self, &[[u8; DESCRIPTOR_SIZE as usize]], &mut Draft<'_>) -> Result<(), Box<RingError>>,
+        draft: Draft<'a>,
+        follow: impl FnOnce(&Self, &[[u8; DESCRIPTOR_SIZE as usize]], Draft<'a>) -> Result<(), Box<RingError>>,
     ) -> Result<(), Box<RingError>> {
         if !self.indirect {
             return Err(Box::new(RingError::IndirectNotNegotiated { descriptor: outer }));
@@ -75,11 +105,9 @@ impl Walk {
             .snapshot
             .resolve(descriptor.address, u64::from(length), Access::Read, copy)
             .map_err(|reason| self.untranslated(reason, outer, descriptor))
-            .and_then(|()| follow(self, table.as_chunks().0, &mut draft));
+            .and_then(|()| follow(self, table.as_chunks().0, draft));
         self.table = table;
-        result?;
-        draft.finish();
-        Ok(())
+        result
     }
 
     #[cold]

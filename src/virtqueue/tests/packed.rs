@@ -130,6 +130,18 @@ fn a_batch_is_shown_by_the_flags_of_its_first_descriptor_which_come_last() {
 }
 
 #[test]
+fn a_batch_stays_hidden_when_what_comes_first_in_it_was_never_taken() {
+    let mut rig = Rig::new(4, 0, PACKED);
+    let ids = [1, 2].map(|length| rig.submit(&[writable(DATA, length)], None));
+    drop((rig.take(), rig.take()));
+    let used = [u16::MAX, ids[1], ids[0]].map(|head| Used { head, written: 1 });
+    rig.device.fill_used(&used);
+    assert_eq!(rig.driver.pop(), Ok(None));
+    rig.device.show();
+    assert_eq!([(); 3].map(|()| rig.driver.pop().unwrap()), [Some(used[1]), Some(used[2]), None]);
+}
+
+#[test]
 fn a_base_says_where_both_sides_are() {
     let rig = Rig::new(6, 0, PACKED);
     let base = |base| new_device(ADDRESSES, 6, base, PACKED, rig.memory.clone()).map(|ring| ring.base());
