@@ -109,14 +109,24 @@ impl Record {
     /// is about right.
     fn poke(&mut self, input: &mut Input<'_>) -> arbitrary::Result<()> {
         let stride = self.format.stride(self.good.queue_size);
-        let offset = if input.ratio(7u8, 8u8)? {
-            2 * input.int_in_range(0..=stride.min(0x100) / 2 - 1)?
-        } else {
-            input.int_in_range(0..=stride - 1)?
+        let offset = match input.int_in_range(0..=7)? {
+            // What is behind features, version and number of entries.
+            0..=3 => 12 + 2 * input.int_in_range(0..=5)?,
+            4..=6 => 2 * input.int_in_range(0..=stride.min(0x100) / 2 - 1)?,
+            _ => input.int_in_range(0..=stride - 1)?,
         };
         let at = self.good.offset + u64::from(QUEUE) * stride + offset;
         let size = u64::from(self.good.queue_size);
-        let value = if input.ratio(3u8, 4u8)? { input.int_in_range(0..=size + 1)? } else { number(input)? };
+        let value = match input.int_in_range(0..=3)? {
+            0 => number(input)?,
+            1 => input.int_in_range(0..=size + 1)?,
+            // A little more or less than it is.
+            _ => {
+                let mut now = [0; 2];
+                pread(&self.file, &mut now, at).unwrap();
+                (u64::from(u16::from_ne_bytes(now)) + input.int_in_range(0..=2 * size)?).wrapping_sub(size)
+            }
+        };
         let bytes = &value.to_ne_bytes()[..*input.choose(&[1, 2, 2, 8])?];
         pwrite(&self.file, bytes, at).unwrap();
         self.contents[at as usize..][..bytes.len()].copy_from_slice(bytes);
