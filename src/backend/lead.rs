@@ -60,14 +60,14 @@ impl Turnaround {
         }
         let show = lead.look(now, self.estimate);
         if show == Show::Notify {
-            self.notified(now);
+            self.notified(|| now);
         }
         Some(show)
     }
 
     /// The driver is notified now.
-    pub fn notified(&mut self, now: Instant) {
-        self.notified.get_or_insert(now);
+    pub fn notified(&mut self, now: impl FnOnce() -> Instant) {
+        self.notified.get_or_insert_with(now);
     }
 
     /// There are other requests now.
@@ -170,11 +170,11 @@ mod tests {
         let mut turnaround = Turnaround::default();
         let begin = Instant::now();
         for _ in 0..32 {
-            turnaround.notified(begin);
+            turnaround.notified(|| begin);
             turnaround.came(begin + Duration::from_micros(60));
         }
         assert!(turnaround.estimate > Duration::from_micros(55), "{:?}", turnaround.estimate);
-        turnaround.notified(begin);
+        turnaround.notified(|| begin);
         turnaround.came(begin + Duration::from_secs(1));
         assert!(turnaround.estimate < Duration::from_micros(61), "{:?}", turnaround.estimate);
     }

@@ -358,7 +358,7 @@ impl Workspace {
 
     /// Notify the driver of what was given back to it.
     pub(super) fn notify(&mut self, vring: &Vring) {
-        self.turnaround.notified(Instant::now());
+        self.turnaround.notified(Instant::now);
         vring.notify();
     }
 

@@ -205,6 +205,8 @@ impl<'a> Job<'a> {
             }
             if came > 0 {
                 last = now;
+            }
+            if came > 0 && options.poll || under_way == 0 {
                 continue;
             }
             if now - last > options.timeout {
