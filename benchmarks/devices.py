@@ -25,9 +25,15 @@ class Empty(vu.Device, device_id=vu.DeviceId.RNG):
 
 
 class Polling(Empty):
-    """The same, which looks for requests by itself for a while."""
+    """The same, which looks for requests by itself for longer than others."""
 
     busy_poll = 0.001
+
+
+class Sleeping(Empty):
+    """The same, which sleeps whenever it has nothing to do."""
+
+    busy_poll = 0.0
 
 
 class Header(vu.Device, device_id=vu.DeviceId.BLOCK):
@@ -64,8 +70,16 @@ class PollingNull(Null):
     busy_poll = 0.001
 
 
+class SleepingNull(Null):
+    busy_poll = 0.0
+
+
 class PollingBlk(Blk):
     busy_poll = 0.001
+
+
+class SleepingBlk(Blk):
+    busy_poll = 0.0
 
 
 class Digest(vu.Device, device_id=0x1000):
@@ -108,12 +122,15 @@ class Source(vu.Device, device_id=vu.DeviceId.NET):
 DEVICES: dict[str, Callable[..., vu.Device]] = {
     "empty": Empty,
     "polling": Polling,
+    "sleeping": Sleeping,
     "header": Header,
     "headers": Headers,
     "blk": Blk,
     "polling-blk": PollingBlk,
+    "sleeping-blk": SleepingBlk,
     "null": lambda: Null(1 << 30),
     "polling-null": lambda: PollingNull(1 << 30),
+    "sleeping-null": lambda: SleepingNull(1 << 30),
     "digest": lambda workers: Digest(int(workers)),
     "sink": Sink,
     "source": lambda batch: Source(int(batch)),

@@ -376,25 +376,39 @@ def _turns_of_libblkio(servers: Sequence[Server], *, depth: int, poll: bool) -> 
 
 
 def latency(opponents: Opponents) -> Iterator[Row]:
-    """At depth 1. Who blocks is measured with both sides on one processor, where the time to wake up is steady."""
+    """At depth 1: devices as they come, of which ours polls for a while and rust-vmm's never does; both without, on
+    one processor, where the time to wake up is steady; and with a driver that polls.
+    """
     image = opponents.image
     for name, ours, arguments in (("tmpfs file", "blk", [image]), ("no data moved", "null", [])):
-        both = [opponents.ours(ours, *arguments, core=CLIENT), opponents.rust_vmm(*arguments, core=CLIENT)]
-        runs = take_turns(both, DISK_4K, depth=1)
-        yield Row("latency", f"depth 1, {name}, blocking", "µs", p50(runs[0]))
-        yield Row("latency", "… / rust-vmm's", "x", ratio(p50(runs[0]), p50(runs[1])), 1.1, at_least=False)
+        if len(CORES) > 1:
+            both = [opponents.ours(ours, *arguments), opponents.rust_vmm(*arguments)]
+            runs = take_turns(both, DISK_4K, depth=1)
+            yield from _latency(f"depth 1, {name}", runs)
+            yield Row(
+                "latency", "… server CPU a request / rust-vmm's", "x", ratio(server_ns(runs[0]), server_ns(runs[1]))
+            )
+        both = [
+            opponents.ours(f"sleeping-{ours}", *arguments, core=CLIENT),
+            opponents.rust_vmm(*arguments, core=CLIENT),
+        ]
+        yield from _latency(f"depth 1, {name}, busy_poll = 0", take_turns(both, DISK_4K, depth=1))
         if len(CORES) > 1:
             both = [opponents.ours(f"polling-{ours}", *arguments), opponents.rust_vmm(*arguments)]
             runs = take_turns(both, DISK_4K, depth=1, poll=True)
-            yield Row("latency", f"depth 1, {name}, polling", "µs", p50(runs[0]))
-            yield Row("latency", "… / rust-vmm's", "x", ratio(p50(runs[0]), p50(runs[1])), 1.1, at_least=False)
+            yield from _latency(f"depth 1, {name}, driver and device poll", runs)
+
+
+def _latency(name: str, runs: Sequence[Sequence[bench.Run]]) -> Iterator[Row]:
+    yield Row("latency", name, "µs", p50(runs[0]))
+    yield Row("latency", "… / rust-vmm's", "x", ratio(p50(runs[0]), p50(runs[1])), 1.1, at_least=False)
 
 
 def kick_to_call(opponents: Opponents) -> Iterator[Row]:
     program = PEER / "pingpong"
     if not program.exists():
         raise Missing("the eventfd ping-pong was not built: install Rust (rustup.rs)")
-    server = opponents.ours("empty", core=CLIENT)
+    server = opponents.ours("sleeping", core=CLIENT)
     ours, bare = [], []
     with server.running():
         for _ in range(RUNS):
