@@ -521,7 +521,7 @@ class Frontend:
     ) -> None:
         """Map `size` I/O addresses to guest memory, instead of whatever was there, for what the device may do.
 
-        The device is told when it asks. If it may know what was there before, use :meth:`invalidate_io` as well.
+        The device is told when it asks. If it may know what was there before, call :meth:`invalidate_io` then.
 
         Raises:
             StateError: there is no IOMMU, or the addresses are none or wrap around.
