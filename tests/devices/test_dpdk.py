@@ -191,14 +191,15 @@ def test_a_driver_of_dpdk_uses_many_queues(tmp_path: Path) -> None:
 def test_a_driver_of_dpdk_may_be_the_one_that_listens(tmp_path: Path) -> None:
     device = Net()
     vdev = f"net_virtio_user0,path={tmp_path / 's'},server=1"
-    with run_testpmd(vdev):
+    # The driver ends before its device: one that listens writes to the socket of one that has left, and dies.
+    with contextlib.ExitStack() as afterwards, run_testpmd(vdev):
         deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "s").is_socket() and time.monotonic() < deadline:
             time.sleep(0.05)
-        with device.start(connect=tmp_path / "s"):
-            device.greet()
-            device.queue_pairs[0].push(HEADER + ping(7), timeout=PATIENCE)
-            assert device.wait(1) == [(0, 7)]
+        afterwards.enter_context(device.start(connect=tmp_path / "s"))
+        device.greet()
+        device.queue_pairs[0].push(HEADER + ping(7), timeout=PATIENCE)
+        assert device.wait(1) == [(0, 7)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
