@@ -216,13 +216,16 @@ def test_the_state_of_a_device_goes_along_or_the_guest_stays(serve: Serve, caplo
 class Deaf(Blk):
     """A disk that begins with what it is to write, and never ends."""
 
-    begun: vu.Request | None = None
+    def __init__(self, image: Path) -> None:
+        super().__init__(image)
+        # One write of the guest's program may be several requests.
+        self.begun: list[vu.Request] = []
 
     def execute(self, request: vu.Request) -> None:
         if request.readable < SECTOR:
             super().execute(request)
         else:
-            self.begun = request.detach()
+            self.begun.append(request.detach())
 
 
 @needs_userfault
