@@ -1,17 +1,15 @@
 //! The split ring, driver side.
 //!
-//! Owns: which descriptors are free, which chains the device has, what it gave back.
-//! Virtio 1.3, section 2.7.
+//! Owns what the format decides: where entries are, and what an index means. Virtio 1.3, section 2.7.
 
-use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::chain::Used;
-use super::driver::{Driver, Element, Indirect, writable, write_table};
+use super::driver::{Common, Driver, Element, Indirect};
 use super::endian::Endian;
-use super::ring::{Descriptor, NEXT, Parts, RingAddresses, RingOptions, needs_event};
+use super::ring::{Descriptor, NEXT, RingAddresses, RingOptions, needs_event};
 use super::split::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
 use crate::error::RingError;
 use crate::memory::Snapshot;
@@ -21,44 +19,14 @@ const FLAGS: usize = 0;
 const INDEX: usize = 1;
 const ENTRIES: usize = 2;
 
-/// What we remember of a descriptor, whatever the device does to the one in shared memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    /// The next descriptor of the chain, or of the free list.
-    next: u16,
-    /// Of the first descriptor of a chain: how many there are. 0 where no chain begins.
-    descriptors: u16,
-    /// Likewise, the last one, the available index it was added at, and how many bytes the device may write.
-    last: u16,
-    added_at: u16,
-    writable: u64,
-}
-
 /// The driver's end of a split ring.
 #[derive(Debug)]
 pub struct SplitDriver<E: Endian> {
     endian: PhantomData<E>,
-    parts: Parts,
-    size: u16,
-    event_idx: bool,
-    snapshot: Arc<Snapshot>,
-
-    slots: Box<[Slot]>,
-    first_free: u16,
-    free: u16,
-    /// The entry to fill next, and how many of the filled ones the device can see.
-    next_avail: u16,
-    published: u16,
-    /// The entry to look at next.
-    next_used: u16,
-    /// With IN_ORDER: the chains that the device has, and those of a batch that it gave back at once.
-    order: Option<VecDeque<u16>>,
-    batch: VecDeque<Used>,
-    /// Indirect tables are put together here.
-    table: Vec<u8>,
+    common: Common,
 }
 
-// SAFETY: the pointers are into shared memory that `snapshot` keeps mapped, and every method that changes anything there
+// SAFETY: the pointers are into shared memory that `common` keeps mapped, and every method that changes anything there
 // takes `&mut self`.
 unsafe impl<E: Endian> Send for SplitDriver<E> {}
 
@@ -74,28 +42,12 @@ impl<E: Endian> Driver for SplitDriver<E> {
         if !size.is_power_of_two() || size > super::MAX_QUEUE_SIZE {
             return Err(RingError::ImpossibleSize { size });
         }
-        let ring = Self {
-            endian: PhantomData,
-            parts: Parts::resolve(addresses, size, &snapshot, options)?,
-            size,
-            event_idx: options.event_idx,
-            snapshot,
-            // With IN_ORDER it goes round and round.
-            slots: (0..size).map(|index| Slot { next: (index + 1) & (size - 1), ..Slot::default() }).collect(),
-            first_free: 0,
-            free: size,
-            next_avail: base,
-            published: base,
-            next_used: base,
-            order: options.in_order.then(VecDeque::new),
-            batch: VecDeque::new(),
-            table: Vec::new(),
-        };
+        let ring = Self { endian: PhantomData, common: Common::new(addresses, size, base, options, snapshot)? };
         for part in [Self::avail, Self::used] {
             part(&ring, FLAGS).store(0, Ordering::Relaxed);
             part(&ring, INDEX).store(E::u16(base), Ordering::Relaxed);
         }
-        if ring.event_idx {
+        if ring.common.event_idx {
             // Both sides want to hear of the first entry.
             ring.used_event().store(E::u16(base), Ordering::Relaxed);
             ring.avail_event().store(E::u16(base), Ordering::Relaxed);
@@ -104,16 +56,12 @@ impl<E: Endian> Driver for SplitDriver<E> {
         Ok(ring)
     }
 
-    fn size(&self) -> u16 {
-        self.size
+    fn common(&self) -> &Common {
+        &self.common
     }
 
-    fn free(&self) -> u16 {
-        self.free
-    }
-
-    fn outstanding(&self) -> u16 {
-        self.published.wrapping_sub(self.next_used)
+    fn common_mut(&mut self) -> &mut Common {
+        &mut self.common
     }
 
     fn base(&self) -> u32 {
@@ -121,89 +69,83 @@ impl<E: Endian> Driver for SplitDriver<E> {
     }
 
     fn add(&mut self, elements: &[Element], indirect: Option<Indirect>) -> Result<u16, RingError> {
-        let (direct, inner) = elements.split_at(indirect.map_or(elements.len(), |indirect| indirect.direct));
-        let needed = direct.len() + usize::from(indirect.is_some());
-        assert!(needed > 0, "a chain has at least one element");
-        if needed > usize::from(self.free) {
-            return Err(RingError::NoRoom { needed, free: self.free });
-        }
-        let continuation = match indirect {
-            Some(Indirect { table, .. }) => Some(self.write_table(table, inner)?),
-            None => None,
-        };
-        let head = self.first_free;
-        let mut last = head;
-        for (at, mut descriptor) in direct.iter().map(Element::descriptor).chain(continuation).enumerate() {
-            last = self.first_free;
-            self.first_free = self.slots[usize::from(last)].next;
-            if at + 1 < needed {
+        let head = self.common.first_free();
+        let entry = |mut descriptor: Descriptor, next: Option<u16>| {
+            if let Some(next) = next {
                 descriptor.flags |= NEXT;
-                descriptor.link = self.first_free;
+                descriptor.link = next;
+            }
+            descriptor.to_split::<E>()
+        };
+        let (needed, descriptors) = self.common.begin(elements, indirect, head, entry)?;
+        let mut last = head;
+        for mut descriptor in descriptors {
+            last = self.common.take_slot();
+            if descriptor.flags & NEXT != 0 {
+                descriptor.link = self.common.first_free();
             }
             let words = descriptor.to_split::<E>();
             // SAFETY: `last` came from the free list, so it is less than `size`, and the table was resolved over `size`
             // entries of 16 bytes. The device does not look at an entry before a chain is published that contains it.
             unsafe {
-                let entry = self.parts.descriptors.add(2 * usize::from(last));
+                let entry = self.common.parts.descriptors.add(2 * usize::from(last));
                 entry.write_volatile(words[0]);
                 entry.add(1).write_volatile(words[1]);
             }
         }
-        let writable = writable(elements);
-        let descriptors = needed as u16;
-        self.free -= descriptors;
-        let slot = &mut self.slots[usize::from(head)];
-        *slot = Slot { next: slot.next, descriptors, last, added_at: self.next_avail, writable };
-
-        let entry = ENTRIES + usize::from(self.next_avail & (self.size - 1));
+        let entry = ENTRIES + usize::from(self.common.added & (self.common.size - 1));
         self.avail(entry).store(E::u16(head), Ordering::Relaxed);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(order) = &mut self.order {
-            order.push_back(head);
-        }
+        self.common.add(head, last, needed, elements);
         Ok(head)
     }
 
     fn publish(&mut self) -> bool {
-        if self.published == self.next_avail {
+        let added = self.common.added;
+        let before = std::mem::replace(&mut self.common.shown, added);
+        if before == added {
             return false;
         }
-        let before = std::mem::replace(&mut self.published, self.next_avail);
-        self.avail(INDEX).store(E::u16(self.next_avail), Ordering::Release);
+        self.avail(INDEX).store(E::u16(added), Ordering::Release);
         // The device may be about to sleep: it must see the index, or we must see that it wants a kick.
         fence(Ordering::SeqCst);
-        if self.event_idx {
-            needs_event(E::u16(self.avail_event().load(Ordering::Relaxed)), self.next_avail, before)
+        if self.common.event_idx {
+            needs_event(E::u16(self.avail_event().load(Ordering::Relaxed)), added, before)
         } else {
             E::u16(self.used(FLAGS).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
         }
     }
 
-    fn pop(&mut self) -> Result<Option<Used>, RingError> {
-        if self.batch.is_empty() {
-            self.take_used()?;
+    fn look(&mut self) -> Result<(), RingError> {
+        let done = self.done()?;
+        if done == 0 {
+            return Ok(());
         }
-        let Some(used) = self.batch.pop_front() else { return Ok(None) };
-        let slot = &mut self.slots[usize::from(used.head)];
-        self.free += std::mem::take(&mut slot.descriptors);
-        if self.order.is_none() {
-            let last = slot.last;
-            self.slots[usize::from(last)].next = std::mem::replace(&mut self.first_free, used.head);
+        let at = ENTRIES + 4 * usize::from(self.common.taken & (self.common.size - 1));
+        // SAFETY: the used ring was resolved over `size` entries of 8 bytes after its 4-byte head, and is aligned to 4.
+        // The device may write concurrently: hence volatile copies, used alone.
+        let (id, written) = unsafe {
+            let entry = self.common.parts.used.add(at).cast::<u32>();
+            (E::u32(entry.read_volatile()), E::u32(entry.add(1).read_volatile()))
+        };
+        let (head, slot) = self.common.submitted(id)?;
+        // The available and the used index count the same chains.
+        let batch = slot.added_at.wrapping_sub(self.common.taken).wrapping_add(1);
+        if self.common.order.is_some() && batch > done {
+            return Err(RingError::UsedBatch { head, batch, done });
         }
-        self.next_used = self.next_used.wrapping_add(1);
-        Ok(Some(used))
+        self.common.give_back(Used { head, written })
     }
 
     fn disable_calls(&mut self) {
         // With EVENT_IDX the event index of the past does that by itself.
-        if !self.event_idx {
+        if !self.common.event_idx {
             self.avail(FLAGS).store(E::u16(AVAIL_NO_INTERRUPT), Ordering::Relaxed);
         }
     }
 
     fn enable_calls(&mut self, count: u16) -> Result<bool, RingError> {
-        if self.event_idx {
-            let event = self.next_used.wrapping_add(count.saturating_sub(1));
+        if self.common.event_idx {
+            let event = self.common.taken.wrapping_add(count.saturating_sub(1));
             self.used_event().store(E::u16(event), Ordering::Relaxed);
         } else {
             self.avail(FLAGS).store(0, Ordering::Relaxed);
@@ -215,92 +157,39 @@ impl<E: Endian> Driver for SplitDriver<E> {
 }
 
 impl<E: Endian> SplitDriver<E> {
-    /// Check the used entry that is next, if there is one, and put what it gives back into `batch`.
-    fn take_used(&mut self) -> Result<(), RingError> {
-        let done = self.done()?;
-        if done == 0 {
-            return Ok(());
-        }
-        let at = ENTRIES + 4 * usize::from(self.next_used & (self.size - 1));
-        // SAFETY: the used ring was resolved over `size` entries of 8 bytes after its 4-byte head, and is aligned to 4.
-        // The device may write concurrently: hence volatile copies, used alone.
-        let (id, written) = unsafe {
-            let entry = self.parts.used.add(at).cast::<u32>();
-            (E::u32(entry.read_volatile()), E::u32(entry.add(1).read_volatile()))
-        };
-        let unpublished = self.next_avail.wrapping_sub(self.published);
-        let Some((head, slot)) = u16::try_from(id).ok().and_then(|head| {
-            let slot = self.slots.get(usize::from(head))?;
-            let shown = self.next_avail.wrapping_sub(slot.added_at) > unpublished;
-            (slot.descriptors > 0 && shown).then_some((head, slot))
-        }) else {
-            return Err(RingError::UsedNotSubmitted { head: id });
-        };
-        if u64::from(written) > slot.writable {
-            return Err(RingError::UsedTooLong { head, written, writable: slot.writable });
-        }
-        if let Some(order) = &mut self.order {
-            // The available and the used index count the same chains.
-            let batch = slot.added_at.wrapping_sub(self.next_used).wrapping_add(1);
-            if batch > done {
-                return Err(RingError::UsedBatch { head, batch, done });
-            }
-            for skipped in order.drain(..usize::from(batch)).take(usize::from(batch) - 1) {
-                let written = u32::try_from(self.slots[usize::from(skipped)].writable).unwrap_or(u32::MAX);
-                self.batch.push_back(Used { head: skipped, written });
-            }
-        }
-        self.batch.push_back(Used { head, written });
-        Ok(())
-    }
-
     /// How many chains were given back that were not taken yet.
     fn done(&self) -> Result<u16, RingError> {
         let to = E::u16(self.used(INDEX).load(Ordering::Acquire));
-        let done = to.wrapping_sub(self.next_used);
+        let done = to.wrapping_sub(self.common.taken);
         if done > self.outstanding() {
-            return Err(RingError::UsedIndexJump { from: self.next_used, to, outstanding: self.outstanding() });
+            return Err(RingError::UsedIndexJump { from: self.common.taken, to, outstanding: self.outstanding() });
         }
         Ok(done)
     }
 
-    /// Write `elements` as an indirect table, and return the descriptor that points to it.
-    fn write_table(&mut self, address: u64, elements: &[Element]) -> Result<Descriptor, RingError> {
-        self.table.clear();
-        for (at, element) in elements.iter().enumerate() {
-            let mut descriptor = element.descriptor();
-            if at + 1 < elements.len() {
-                descriptor.flags |= NEXT;
-                descriptor.link = (at + 1) as u16;
-            }
-            self.table.extend(descriptor.to_split::<E>().into_iter().flat_map(u64::to_ne_bytes));
-        }
-        write_table(&self.snapshot, address, &self.table, self.first_free)
-    }
-
     /// Word `at` of the available ring, which has its flags, its index, its entries and `used_event`.
     fn avail(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at < ENTRIES + usize::from(self.size) + usize::from(self.event_idx));
+        debug_assert!(at < ENTRIES + usize::from(self.common.size) + usize::from(self.common.event_idx));
         // SAFETY: the available ring was resolved over that many words, and is aligned to 2. Every caller keeps to them;
         // concurrent access is what atomics are for.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.add(at).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.avail.add(at).as_ptr()) }
     }
 
     /// Word `at` of the used ring, whose entries are four words long, and which ends with `avail_event`.
     fn used(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at < ENTRIES + 4 * usize::from(self.size) + usize::from(self.event_idx));
+        debug_assert!(at < ENTRIES + 4 * usize::from(self.common.size) + usize::from(self.common.event_idx));
         // SAFETY: as in `avail`; the used ring is aligned to 4.
-        unsafe { AtomicU16::from_ptr(self.parts.used.add(at).as_ptr()) }
+        unsafe { AtomicU16::from_ptr(self.common.parts.used.add(at).as_ptr()) }
     }
 
     /// Exists with EVENT_IDX only.
     fn used_event(&self) -> &AtomicU16 {
-        self.avail(ENTRIES + usize::from(self.size))
+        self.avail(ENTRIES + usize::from(self.common.size))
     }
 
     /// Likewise.
     fn avail_event(&self) -> &AtomicU16 {
-        self.used(ENTRIES + 4 * usize::from(self.size))
+        self.used(ENTRIES + 4 * usize::from(self.common.size))
     }
 }
 
