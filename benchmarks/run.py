@@ -26,7 +26,7 @@ from typing import TypeVar
 import report
 
 import vhost_user as vu
-from vhost_user import bench
+from vhost_user import bench, guest
 
 T = TypeVar("T")
 
@@ -448,8 +448,8 @@ def workers(opponents: Opponents) -> Iterator[Row]:
 def start(opponents: Opponents) -> Iterator[Row]:
     bare, importing, connecting = [], [], []
     for _ in range(3 * RUNS):
-        bare.append(_python("pass"))
-        importing.append(_python("import vhost_user"))
+        bare.append(_seconds("-c", "pass"))
+        importing.append(_seconds("-c", "import vhost_user"))
     median = statistics.median(bare)
     yield Row("start", "import of the package", "ms", [1000 * (each - median) for each in importing], 40.0, False)
     server = opponents.ours("empty")
@@ -457,11 +457,18 @@ def start(opponents: Opponents) -> Iterator[Row]:
         with server.running():
             connecting.append(1000 * _connect(server.path))
     yield Row("start", "first connection to DRIVER_OK, both ends", "ms", connecting, 5.0, at_least=False)
+    try:
+        guest.find_kernel()
+    except guest.GuestNotFound as reason:
+        raise Missing(str(reason)) from None
+    shell = ("-m", "vhost_user", "shell", "vhost_user.devices:Rng", "-c", "test -e /dev/hwrng")
+    booting = [1000 * _seconds(*shell) for _ in range(RUNS)]
+    yield Row("start", "a command in a guest, by `vhost-user shell`", "ms", booting, 1000.0, at_least=False)
 
 
-def _python(code: str) -> float:
+def _seconds(*arguments: str) -> float:
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, *arguments], check=True)
     return time.perf_counter() - begin
 
 

@@ -1,4 +1,4 @@
-"""An entropy source: 15 lines that feed /dev/hwrng of a guest."""
+"""An entropy source, which feeds /dev/hwrng of a guest."""
 
 import os
 
