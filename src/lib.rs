@@ -36,7 +36,6 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
-        super::bindings::connect_logging(module.py())?;
         super::bindings::add_methods(module.py())?;
         super::bindings::add_tables(module)
     }

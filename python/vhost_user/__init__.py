@@ -4,6 +4,8 @@ Derive from :class:`Device`, declare queues and configuration fields, write a ha
 QEMU, User-Mode Linux, cloud-hypervisor, crosvm, Firecracker or DPDK connects to with the vhost-user protocol.
 """
 
+from typing import TYPE_CHECKING
+
 from . import config
 from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, Request, TransportFeature
 from .device import Device
@@ -22,11 +24,39 @@ from .errors import (
     StateError,
     VhostUserError,
 )
-from .frontend import Completion, DriverQueue, Event, Frontend
 from .ids import DeviceId
-from .loop import Loop, Timer, Watch
 from .queues import Batch, DeviceQueue, Queue, QueueStatistics
-from .server import Server
+
+if TYPE_CHECKING:
+    from .frontend import Completion, DriverQueue, Event, Frontend
+    from .loop import Loop, Timer, Watch
+    from .server import Server
+else:
+    #: What a device class can be declared without is imported when somebody asks for it: with sockets, threads and
+    #: logging behind it, it takes longer than everything else here.
+    _LATER = {
+        "Completion": "frontend",
+        "DriverQueue": "frontend",
+        "Event": "frontend",
+        "Frontend": "frontend",
+        "Loop": "loop",
+        "Server": "server",
+        "Timer": "loop",
+        "Watch": "loop",
+    }
+
+    def __getattr__(name: str) -> object:
+        module = _LATER.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AddressInUse",

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Self
 
 from . import config
 from ._core import ProtocolFeature
-from ._runtime import Runtime
 from .errors import DeclarationError
 from .functions import is_coroutine_function, takes
 from .queues import Queue
-from .server import Endpoint, Server
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from ._core import Request
+    from ._runtime import Runtime
     from .loop import Loop
     from .queues import DeviceQueue
-    from .server import Address, PathLike
-
-logger = logging.getLogger(__name__)
+    from .server import Address, PathLike, Server
 
 
 class Device:
@@ -119,6 +116,9 @@ class Device:
     _runtime: Runtime
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Whoever only declares classes is not made to wait for what serves their instances.
+        from ._runtime import Runtime
+
         device = super().__new__(cls)
         device._runtime = Runtime(device)
         return device
@@ -171,6 +171,8 @@ class Device:
             OSError: the path cannot be bound or connected to.
             ProtocolError: the only connection that there was to be ended with an error.
         """
+        from .server import Endpoint
+
         endpoint = Endpoint(path=path, fd=fd, connect=connect, mode=mode)
         if self._runtime.has_coroutines:
             import asyncio
@@ -189,6 +191,8 @@ class Device:
         mode: int = 0o600,
     ) -> None:
         """The same within a running asyncio loop, on whose thread the handlers run. Cancelling it ends it."""
+        from .server import Endpoint
+
         await self._runtime.serve_async(Endpoint(path=path, fd=fd, connect=connect, mode=mode), once)
 
     def start(
@@ -204,6 +208,8 @@ class Device:
 
         The server that it returns is a context manager that stops at the end of its block.
         """
+        from .server import Endpoint, Server
+
         return Server(self, Endpoint(path=path, fd=fd, connect=connect, mode=mode), once)
 
     def stop(self) -> None:

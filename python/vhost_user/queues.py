@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +24,6 @@ MAX_SIZE = 32768
 
 #: Bytes in a request by default: more than the block layer or a file system asks for, and no danger to the host.
 MAX_REQUEST = 64 << 20
-
-logger = logging.getLogger(__name__)
 
 
 class Queue:
@@ -312,7 +309,9 @@ class DeviceQueue:
                     if not self._push_now(self._backlog[0]):
                         break
                 except RequestOverflow as error:
-                    logger.error("%s; it is dropped from the backlog", error)
+                    import logging
+
+                    logging.getLogger(__name__).error("%s; it is dropped from the backlog", error)
                 self._backlog.popleft()
             if not self._backlog:
                 self._buffers.notify_all()

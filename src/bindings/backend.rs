@@ -132,7 +132,7 @@ impl Backend {
         if let Some(size) = queue_sizes.iter().find(|size| !size.is_power_of_two() || **size > MAX_QUEUE_SIZE) {
             return Err(PyValueError::new_err(format!("a queue cannot have {size} entries")));
         }
-        super::choose_log_level(py)?;
+        super::connect_logging(py)?;
         let events = Arc::new(EventLoop::new().map_err(|error| to_python(py, error))?);
         let workers = (0..workers).map(|_| Worker::new()).collect::<Result<Vec<_>, _>>();
         let workers = workers.map_err(|error| to_python(py, error))?;

@@ -46,6 +46,7 @@ impl Frontend {
         }
         // SAFETY: the caller gives the descriptor away (`socket.detach()`); nobody else will close it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        super::connect_logging(py)?;
         let core = frontend::Frontend::new(socket, duration(timeout)).map_err(|error| to_python(py, error))?;
         let interrupted = Interrupted::default();
         let raised = Arc::clone(&interrupted);

@@ -33,11 +33,16 @@ pub use load::{Load, LoadResult};
 pub use request::Request;
 pub use together::{read_each, unpack_each, write_each, write_tail_each};
 
-/// Send the core's log records to Python's `logging`, below the logger "vhost_user".
-pub fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
-    let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::Loggers)?.install();
-    // Another copy of the core in this process has done it already.
-    drop(installed);
+/// Send the core's log records to Python's `logging`, below the logger "vhost_user". A session begins with it: nothing
+/// is logged before there is one, and `logging` takes longer to import than the core.
+fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {
+    static CONNECTED: pyo3::sync::PyOnceLock<()> = pyo3::sync::PyOnceLock::new();
+    CONNECTED.get_or_try_init(py, || {
+        let installed = pyo3_log::Logger::new(py, pyo3_log::Caching::Loggers)?.install();
+        // Another copy of the core in this process has done it already.
+        drop(installed);
+        Ok::<(), pyo3::PyErr>(())
+    })?;
     choose_log_level(py)
 }
 
