@@ -503,6 +503,14 @@ def test_a_callback_that_raises_is_logged_and_the_loop_goes_on(
     assert front.exchange(start(front, memory), b"abc", 8) == b"cba"
 
 
+@pytest.mark.parametrize("delay", [1e19, 1e300, float("inf")])
+def test_a_timer_that_would_never_be_due_is_refused(serve: Serve, delay: float) -> None:
+    device = Reverse()
+    serve(device)
+    with pytest.raises(ValueError, match="a timer cannot be due in "):
+        device.loop.call_later(delay, lambda: None)
+
+
 def test_a_file_that_is_always_ready_is_not_watched(serve: Serve, tmp_path: Path) -> None:
     device = Reverse()
     serve(device)

@@ -298,10 +298,10 @@ impl Backend {
 
     /// Call `callback()` in `delay` seconds. Returns what :meth:`cancel` takes.
     fn call_later(&self, delay: f64, callback: Py<PyAny>) -> PyResult<u64> {
-        let delay =
-            Duration::try_from_secs_f64(delay.max(0.0)).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let due = Duration::try_from_secs_f64(delay.max(0.0)).ok().and_then(|delay| Instant::now().checked_add(delay));
+        let due = due.ok_or_else(|| PyValueError::new_err(format!("a timer cannot be due in {delay} s")))?;
         let mut timers = lock(&self.timers);
-        let id = self.events.add_timer(Instant::now() + delay);
+        let id = self.events.add_timer(due);
         timers.insert(id, callback);
         Ok(id)
     }
