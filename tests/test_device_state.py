@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -133,6 +134,22 @@ def test_a_failure_is_told_and_logged_and_the_device_goes_on(move: object, caplo
 
 
 # --- A front-end that does what it likes ------------------------------------------------------------------------------
+
+
+def test_a_flood_of_failures_does_not_fill_the_log(front: FrontEnd, caplog: pytest.LogCaptureFixture) -> None:
+    before = time.monotonic()
+    for _ in range(200):
+        assert check(front) != 0
+        with pipe() as (reader, writer):
+            writer.close()
+            assert begin(front, 2, reader.fileno()) == REFUSED
+    for _ in range(200):
+        with socket.socket() as inet:
+            assert begin(front, LOAD, inet.fileno()) == ACCEPTED
+        assert check(front) != 0
+    seconds = time.monotonic() - before
+    assert 20 <= caplog.text.count("CHECK_DEVICE_STATE: ") + caplog.text.count("DEVICE_STATE_FD: ") <= 21 + seconds
+    assert 20 <= caplog.text.count("loading its state failed") <= 21 + seconds
 
 
 def test_the_state_goes_through_a_socket_as_well(front: FrontEnd, device: Register) -> None:

@@ -68,6 +68,11 @@ def program(*lines: str, descriptors: tuple[int, ...] = (), **environment: str) 
             process.kill()
 
 
+class Rude(Reverse, device_id=NO_TYPE):
+    def on_disconnect(self, error: Exception | None) -> None:
+        raise RuntimeError("no farewell")
+
+
 def start(front: FrontEnd, memory: Memory, index: int = 0) -> Ring:
     memory.write(memory.guest, bytes(memory.size))
     front.negotiate()
@@ -420,6 +425,52 @@ def test_a_second_front_end_is_served_if_the_first_one_leaves_soon(serve: Serve,
     second.reply_to(Id.GET_FEATURES)
 
 
+def test_a_front_end_that_waits_is_served_although_the_hook_for_the_end_of_the_first_raises(path: Path) -> None:
+    with Rude().start(path), FrontEnd(path) as first, FrontEnd(path) as second:
+        first.get_u64(Id.GET_FEATURES)
+        second.send(Id.GET_FEATURES)
+        assert second.is_silent()
+        first.close()
+        second.reply_to(Id.GET_FEATURES)
+
+
+def test_a_front_end_that_cannot_be_accepted_is_tried_again_and_not_all_the_time(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = textwrap.dedent(f"""
+        import contextlib, resource
+        server = Reverse().start({str(path)!r})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        print("full", flush=True)
+        sys.stdin.readline()
+        used = os.times().user + os.times().system
+        print(used, flush=True)
+        sys.stdin.readline()
+        print(os.times().user + os.times().system - used, flush=True)
+        for each in taken:
+            os.close(each)
+        sys.stdin.read()
+    """)
+    with program(lines) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "full\n"
+        with FrontEnd(path) as front:
+            front.send(Id.GET_FEATURES)
+            print(file=process.stdin, flush=True)
+            process.stdout.readline()
+            time.sleep(1.5)
+            print(file=process.stdin, flush=True)
+            assert float(process.stdout.readline()) < 0.5
+            front.reply_to(Id.GET_FEATURES)
+        _, errors = process.communicate(timeout=5)
+    assert "a front-end could not be accepted: [Errno 24] Too many open files; trying again in 1 s" in errors
+
+
 def test_how_long_one_front_end_waited_is_not_held_against_the_next(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +497,14 @@ def test_once_serves_one_front_end_and_ends(path: Path, memory: Memory) -> None:
     assert works(path, memory)
     assert server.wait(5)
     assert not path.exists()
+
+
+def test_once_ends_although_the_hook_for_the_end_raises(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Rude().start(path, once=True) as server:
+        with FrontEnd(path) as front:
+            front.get_u64(Id.GET_FEATURES)
+        assert server.wait(5)
+    assert "RuntimeError: no farewell" in caplog.text
 
 
 def test_once_turns_a_second_front_end_away_at_once(path: Path) -> None:
@@ -668,6 +727,26 @@ def test_a_program_that_ends_stops_its_devices(path: Path, memory: Memory) -> No
             assert front.is_closed()
     assert (process.returncode, output, errors) == (0, "stopped\n", "")
     assert not path.exists()
+
+
+def test_a_child_that_is_forked_leaves_the_device_to_its_parent(path: Path, memory: Memory) -> None:
+    lines = textwrap.dedent(f"""
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with Reverse().start({str(path)!r}) as server:
+            child = os.fork()
+            if child == 0:
+                server.stop()
+                sys.exit(7)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), server.running, flush=True)
+            sys.stdin.read()
+    """)
+    with program(lines) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "7 True\n"
+        assert works(path, memory)
+        output, errors = process.communicate(timeout=5)
+    assert (process.returncode, output, errors) == (0, "stopped\n", "")
 
 
 def test_a_front_end_of_another_process_that_is_killed_is_followed_by_the_next(path: Path, memory: Memory) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import queues
+from ._complaints import report
 from ._core import Backend, BatchHandler, Complaints, ProtocolFeature, Request, TransportFeature
 from ._state import Transfer
 from .errors import DeclarationError, StateError, VhostUserError
@@ -125,6 +126,7 @@ class Runtime:
         self._serving = threading.Lock()
         self._stopped = threading.Event()
         self._listener: socket.socket | None = None
+        self._watch: Watch | None = None
         self._waiting: socket.socket | None = None
         self._patience: Timer | None = None
         self._once = False
@@ -240,7 +242,6 @@ class Runtime:
                 self._once = once or listener is None
                 self._attach(backend)
                 self.address = address
-                watch: Watch | None = None
                 try:
                     self.device.on_start()
                     with self._workers(backend):
@@ -248,11 +249,10 @@ class Runtime:
                             self._connect(connection)
                         if listener is not None:
                             self._listener = listener
-                            watch = Watch(backend, listener.fileno(), self._accept, read=True, write=False)
+                            self._listen()
                         yield backend
                 finally:
-                    if watch:
-                        watch.close()
+                    self._stop_listening()
                     self._refuse_waiting("the device was stopped")
                     self._listener = None
                     self.address = None
@@ -513,12 +513,28 @@ class Runtime:
 
     # --- Connections ------------------------------------------------------------------------------------------------
 
+    def _listen(self) -> None:
+        if self._listener is not None:
+            self._watch = Watch(self.backend, self._listener.fileno(), self._accept, read=True, write=False)
+
+    def _stop_listening(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
     def _accept(self) -> None:
         if self._listener is None:
             return
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:
+            # Without descriptors, say. The front-end stays where it is: the listener would be ready again at once.
+            text = "%s: a front-end could not be accepted: %s; trying again in %g s"
+            report(logger, self._failures, text, self._name, error, PATIENCE)
+            self._stop_listening()
+            Timer(self.backend, PATIENCE, self._listen)
             return
         if not self.connected:
             self._connect(connection)
@@ -532,7 +548,10 @@ class Runtime:
     def _connect(self, connection: socket.socket) -> None:
         logger.info("%s: a front-end connected", self._name)
         self.backend.connect(connection.detach())
-        self.device.on_connect()
+        try:
+            self.device.on_connect()
+        except Exception as error:
+            self.callback_failed("on_connect", error)
 
     def _refuse_waiting(self, why: str) -> None:
         waiting = self._take_waiting()
@@ -565,12 +584,14 @@ class Runtime:
             logger.info("%s: the front-end disconnected", self._name)
         else:
             logger.error("%s: the connection was closed: %s", self._name, error)
-        self.device.on_disconnect(error)
-        if self._once:
-            self._failure = error
-            self.stop()
-        elif waiting := self._take_waiting():
-            self._connect(waiting)
+        try:
+            self.device.on_disconnect(error)
+        finally:
+            if self._once:
+                self._failure = error
+                self.stop()
+            elif waiting := self._take_waiting():
+                self._connect(waiting)
 
     def features_negotiated(self, features: int) -> None:
         self.negotiated = features
@@ -583,7 +604,7 @@ class Runtime:
         self.device.on_queue_stop(self.queues[index])
 
     def queue_broke(self, index: int, error: str) -> None:
-        self._report(self._breakages, "%s: queue %d: %s; the queue is stopped", self._name, index, error)
+        report(logger, self._breakages, "%s: queue %d: %s; the queue is stopped", self._name, index, error)
         self.device.on_queue_error(self.queues[index], error)
 
     def buffers_available(self, index: int) -> None:
@@ -633,7 +654,7 @@ class Runtime:
             raise StateError(f"{self._name} is still busy with the state of the last migration")
         backend = self.backend
         # Whatever is called soon makes the loop ask what became of it.
-        self._transfer = Transfer(self.device, saves, fd, lambda: backend.call_soon(lambda: None))
+        self._transfer = Transfer(self.device, saves, fd, self._failures, lambda: backend.call_soon(lambda: None))
 
     def transferred(self) -> str | None:
         transfer = self._transfer
@@ -652,28 +673,17 @@ class Runtime:
 
     def request_failed(self, index: int, request: Request, error: BaseException) -> None:
         text = "%s: queue %d: the handler failed on %r"
-        self._report(self._failures, text, self._name, index, request, error=error)
+        report(logger, self._failures, text, self._name, index, request, error=error)
         if request.completed:
             return
         try:
             self.device.on_request_error(request, error)
         except Exception as second:
             text = "%s: queue %d: on_request_error failed, too"
-            self._report(self._failures, text, self._name, index, error=second)
+            report(logger, self._failures, text, self._name, index, error=second)
 
     def callback_failed(self, what: str, error: BaseException) -> None:
-        self._report(self._failures, "%s: %s failed", self._name, what, error=error)
-
-    def _report(
-        self, complaints: Complaints, text: str, *arguments: object, error: BaseException | None = None
-    ) -> None:
-        """Log an error, unless there were too many of its kind just now. The next one tells how many."""
-        unsaid = complaints.due()
-        if unsaid is None:
-            return
-        if unsaid:
-            text, arguments = f"{text} (and %d errors before it that were not logged)", (*arguments, unsaid)
-        logger.error(text, *arguments, exc_info=error)
+        report(logger, self._failures, "%s: %s failed", self._name, what, error=error)
 
 
 def _foreign_calls(frame: FrameType) -> list[traceback.FrameSummary]:

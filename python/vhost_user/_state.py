@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ._complaints import report
 from .errors import StateError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from ._core import Complaints
     from .device import Device
 
 logger = logging.getLogger("vhost_user.device")
@@ -29,16 +31,19 @@ CHUNK = 1 << 16
 class Transfer:
     """Saves or loads the state of `device` through `fd`, which is owned from now on; `over` is called at the end.
 
+    A failure is logged, unless `complaints` has too many of them already.
+
     Raises:
         StateError: the descriptor is of a kind, or opened in a way, that cannot be used for this.
         OSError: nobody is at its other end.
     """
 
-    def __init__(self, device: Device, saves: bool, fd: int, over: Callable[[], None]) -> None:
+    def __init__(self, device: Device, saves: bool, fd: int, complaints: Complaints, over: Callable[[], None]) -> None:
         self.failure: str | None = None
         self._abandoned = False
         self._device = device
         self._saves = saves
+        self._complaints = complaints
         self._over = over
         self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -76,9 +81,10 @@ class Transfer:
             self.failure = f"{type(error).__name__}: {error}"
             name, doing = type(self._device).__name__, "saving" if self._saves else "loading"
             if self._abandoned:
-                logger.warning("%s: %s its state was given up", name, doing)
+                text = "%s: %s its state was given up"
+                report(logger, self._complaints, text, name, doing, level=logging.WARNING)
             else:
-                logger.error("%s: %s its state failed", name, doing, exc_info=error)
+                report(logger, self._complaints, "%s: %s its state failed", name, doing, error=error)
         finally:
             self._stream.close()
             with self._lock:

@@ -189,6 +189,8 @@ class Server:
         self.device = device
         self._endpoint = endpoint
         self._once = once
+        #: A child that this process forks has no such thread.
+        self._process = os.getpid()
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._failure: BaseException | None = None
@@ -207,8 +209,8 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the device is still being served."""
-        return not self._ended.is_set()
+        """Whether the device is still being served, by this process."""
+        return os.getpid() == self._process and not self._ended.is_set()
 
     def stop(self) -> None:
         """Stop serving, after requests in flight are done. From any thread but the device's own.
@@ -236,7 +238,7 @@ class Server:
             BaseException: whatever ended the thread, if it did not end well.
         """
         # Not Thread.join(): Python 3.11 takes a thread for dead once an exception, say Ctrl-C, has ended its join().
-        if not self._ended.wait(timeout):
+        if self.running and not self._ended.wait(timeout):
             return False
         self._thread.join()
         atexit.unregister(self.stop)

@@ -13,6 +13,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::complaints::{self, Complaints};
 use super::event_loop::{EventLoop, Interest, Token};
 use crate::error::Error;
 use crate::protocol::{
@@ -86,6 +87,7 @@ struct State {
     over: Option<String>,
     /// The same, to be logged when no lock is held.
     trouble: Option<String>,
+    complaints: Complaints,
     features: VirtioFeatures,
     protocol_features: ProtocolFeatures,
     /// All rings are stopped: nothing may be sent.
@@ -279,9 +281,10 @@ impl Channel {
         self.schedule(&mut state);
         let done = std::mem::take(&mut state.done);
         let trouble = state.trouble.take();
+        let unsaid = trouble.as_ref().and_then(|_| state.complaints.due(Instant::now()));
         drop(state);
-        if let Some(reason) = trouble {
-            log::warn!("the back-end channel is closed: {reason}");
+        if let (Some(reason), Some(unsaid)) = (trouble, unsaid) {
+            complaints::warn(format_args!("the back-end channel is closed: {reason}"), unsaid);
         }
         for Done { then, outcome } in done {
             then(outcome);

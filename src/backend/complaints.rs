@@ -25,10 +25,8 @@ impl Default for Complaints {
 
 impl Complaints {
     pub(super) fn warn(&mut self, what: impl Display) {
-        match self.due(Instant::now()) {
-            Some(0) => log::warn!("{what}"),
-            Some(unsaid) => log::warn!("{what} (and {unsaid} warnings before it that were not logged)"),
-            None => {}
+        if let Some(unsaid) = self.due(Instant::now()) {
+            warn(what, unsaid);
         }
     }
 
@@ -42,6 +40,14 @@ impl Complaints {
         self.left = self.left.saturating_sub(1);
         self.last = now;
         Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
+/// Log a line that is due, after `unsaid` others that were not.
+pub(super) fn warn(what: impl Display, unsaid: u64) {
+    match unsaid {
+        0 => log::warn!("{what}"),
+        _ => log::warn!("{what} (and {unsaid} warnings before it that were not logged)"),
     }
 }
 

@@ -44,7 +44,8 @@ impl Session {
                 self.reply(FrontendRequest::SetDeviceStateFd, U64(NO_DESCRIPTOR))
             }
             Err(reason) => {
-                log::warn!("{}: refused: {reason}", FrontendRequest::SetDeviceStateFd.name());
+                let name = FrontendRequest::SetDeviceStateFd.name();
+                self.complaints.warn(format_args!("refused: {name}: {reason}"));
                 self.refuse_transfer()
             }
         }
@@ -90,7 +91,7 @@ impl Session {
             Transfer::None | Transfer::UnderWay => Err("there was no transfer".to_owned()),
         };
         if let Err(reason) = &outcome {
-            log::error!("the device's state: {reason}");
+            self.complaints.warn(format_args!("{}: {reason}", FrontendRequest::CheckDeviceState.name()));
         }
         self.reply(FrontendRequest::CheckDeviceState, U64(outcome.is_err().into()))
     }

@@ -76,7 +76,8 @@ impl Session {
             negative => Err(format!("the device numbered the session {negative}")),
         });
         let session = outcome.unwrap_or_else(|reason| {
-            log::warn!("{}: refused: {reason}", FrontendRequest::CreateCryptoSession.name());
+            let name = FrontendRequest::CreateCryptoSession.name();
+            self.complaints.warn(format_args!("refused: {name}: {reason}"));
             NO_SESSION
         });
         self.reply(FrontendRequest::CreateCryptoSession, CryptoSession { session, ..asked })
@@ -85,7 +86,8 @@ impl Session {
     /// The file is the answer, or no file if the device does not have the object.
     pub(super) fn get_shared_object(&mut self, uuid: Uuid, device: &mut dyn Extensions) -> Result<Done, Error> {
         let file = device.shared_object(uuid).unwrap_or_else(|reason| {
-            log::warn!("{}: refused: {reason}", FrontendRequest::GetSharedObject.name());
+            let name = FrontendRequest::GetSharedObject.name();
+            self.complaints.warn(format_args!("refused: {name}: {reason}"));
             None
         });
         self.reply_with(FrontendRequest::GetSharedObject, Empty, file)

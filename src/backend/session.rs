@@ -214,7 +214,7 @@ pub struct Session {
     faults: u64,
     /// When rings behind an IOMMU are looked at again.
     translation_timer: Option<Instant>,
-    complaints: Complaints,
+    pub(super) complaints: Complaints,
 }
 
 impl Session {
@@ -305,7 +305,7 @@ impl Session {
         }
         self.ask_for_translations(hooks);
         if let Some(complaint) = self.logging.log.as_ref().and_then(|log| log.complaint()) {
-            log::error!("{complaint}");
+            self.complaints.warn(complaint);
         }
         self.look_at_transfer(hooks);
         let Some(waiting) = &self.waiting else { return Ok(Flow::Continue) };

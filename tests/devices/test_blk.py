@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def test_what_is_not_on_the_disk_is_an_error(
     assert request(kind, sector, data, room)[1] == blk.S_IOERR
     assert (image.read_bytes(), used(image)) == (content, taken)
     assert request(blk.Type.IN, 0, room=512) == (content[:512], blk.S_OK)
+
+
+def test_a_flood_of_requests_that_fail_does_not_fill_the_log(
+    ask: Callable[..., Ask], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = ask(Blk(1 << 20))
+    before = time.monotonic()
+    for _ in range(200):
+        assert request(blk.Type.IN, 1 << 40, room=512)[1] == blk.S_IOERR
+    seconds = time.monotonic() - before
+    assert 20 <= caplog.text.count("request of type 0 at sector 1099511627776") <= 21 + seconds
 
 
 @pytest.mark.parametrize(("kind", "most"), [(11, blk.MAX_DISCARD_SECTORS), (13, blk.MAX_WRITE_ZEROES_SECTORS)])

@@ -24,7 +24,8 @@ import weakref
 from typing import BinaryIO
 
 from .. import config
-from .._core import Blocks, Request
+from .._complaints import report
+from .._core import Blocks, Complaints, Request
 from ..device import Device
 from ..errors import RequestError
 from ..ids import DeviceId
@@ -147,6 +148,8 @@ class Blk(Device, device_id=DeviceId.BLOCK):
         self.num_queues = num_queues
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_CONFIG_WCE | F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
+        #: A driver can bring them about as often as it likes.
+        self._refusals = Complaints()
         self._fd = _open(storage, read_only)
         weakref.finalize(self, os.close, self._fd)
         self._resizable = _is_file(self._fd)
@@ -248,7 +251,8 @@ class Blk(Device, device_id=DeviceId.BLOCK):
             self._perform(kind, sector, request)
             status = S_OK
         except OSError as error:
-            logger.warning("request of type %d at sector %d: %s", kind, sector, error)
+            text = "request of type %d at sector %d: %s"
+            report(logger, self._refusals, text, kind, sector, error, level=logging.WARNING)
             status = S_UNSUPP if error.errno == errno.EOPNOTSUPP else S_IOERR
         request.write_tail(status)
 
