@@ -556,3 +556,49 @@ def test_a_driver_sees_what_is_done_while_the_rest_of_its_batch_is_worked_on(
     finally:
         device.released.set()
     assert ring.wait(1) == [(heads[1], 0)]
+
+
+class Patient(vu.Device, device_id=NO_TYPE):
+    """Notes how much the driver has seen at each call."""
+
+    requestq = vu.Queue()
+    busy_poll = 0.0
+    batch_patience = 20.0
+
+    def __init__(self) -> None:
+        self.ring: Ring | None = None
+        self.shown: list[int] = []
+
+    @requestq.handler
+    def answer(self, request: vu.Request) -> None:
+        if self.ring:
+            self.shown.append(self.ring.used_index)
+
+
+class PatientTogether(Patient):
+    @Patient.requestq.batch_handler
+    def answer_all(self, batch: vu.Batch) -> None:
+        if self.ring:
+            self.shown.append(self.ring.used_index)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(Patient, 128), (PatientTogether, 2)])
+def test_a_driver_that_needs_a_batch_whole_sees_none_of_it_before(
+    serve: Serve, connect: Connect, memory: Memory, kind: type[Patient], calls: int
+) -> None:
+    device = kind()
+    front = connect(serve(device))
+    front.negotiate()
+    front.share(memory)
+    ring = Ring(memory, size=256)
+    chain = ring.add_pieces([(memory.allocate(1), 1, 2)])
+    ring.offer(*[chain] * 191)
+    # Twice as many are taken at once when these were quick, for a device with so much patience.
+    ring.avail_index = 64
+    front.start(ring)
+    ring.wait(64)
+    device.ring = ring
+    ring.avail_index = 192
+    front.kick(ring)
+    ring.wait(128)
+    assert device.shown == [64] * calls

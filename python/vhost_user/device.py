@@ -70,7 +70,8 @@ class Device:
     workers: int = 0
 
     #: Seconds for which requests that are done may wait for others that came with them, before the driver is notified.
-    #: From a millisecond on it does not see one without the other either: that is for drivers that cannot take it.
+    #: From a millisecond on, the driver sees none of them before all that are worked on together are done, however long
+    #: that takes: for drivers that cannot take one without the other. Other queues may then wait as many seconds.
     batch_patience: float = 200e-6
 
     #: Whether the front-end may send its kicks as messages, and get its calls as messages: then virtual time knows of

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const GLANCE: Duration = Duration::from_micros(4);
 
 /// Who lets requests wait for as long as this for others wants the driver to see them together.
-const TOGETHER: Duration = Duration::from_millis(1);
+pub const TOGETHER: Duration = Duration::from_millis(1);
 
 /// What to do with the requests of a batch that are done, before the others are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,7 +38,7 @@ pub use config::ConfigSpace;
 pub use device_state::Direction;
 pub use event_loop::{Event, EventLoop, Interest, Token, Wakeup};
 pub use extensions::Extensions;
-pub use lead::{Lead, Show, Turnaround};
+pub use lead::{Lead, Show, TOGETHER, Turnaround};
 pub use polling::Polling;
 pub use session::{Flow, Hooks, Profile, Session};
 pub use vring::{Filled, Run, Statistics, Taken, Vring, VringStatus};

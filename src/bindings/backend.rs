@@ -333,8 +333,7 @@ impl Backend {
         self.channel.config_changed();
     }
 
-    /// Let requests that are done wait for others of their batch, for so many seconds. For who counts instructions: what
-    /// is done must not depend on the clock then.
+    /// Let requests that are done wait for others of their batch, for so many seconds.
     fn set_patience(&self, seconds: f64) -> PyResult<()> {
         let patience =
             Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))?;

@@ -13,14 +13,14 @@ use pyo3::{PyTraverseError, PyVisit, ffi};
 
 use super::disk::Blocks;
 use super::request::Request;
-use crate::backend::{Lead, Run, Show, Taken, Turnaround, Vring};
+use crate::backend::{Lead, Run, Show, TOGETHER, Taken, Turnaround, Vring};
 use crate::virtqueue::{Chain, Used};
 
 /// How long requests that are done may wait for others of their batch before the driver sees them.
 pub(super) const PATIENCE: Duration = Duration::from_micros(200);
 
-/// The most requests that are handed over together. What they have is still in the processor's caches when they are done.
-const TOGETHER: usize = 64;
+/// The most requests that a batch handler gets at once. What they have is still in the processor's caches when they are done.
+const PART: usize = 64;
 
 /// Who takes the requests of a queue together, and who takes those one by one that are left then; before them, `blocks()`
 /// may say what is done without them.
@@ -58,9 +58,6 @@ pub(super) struct Workspace {
     turnaround: Turnaround,
 }
 
-/// With as much patience as this nothing depends on the clock: for who counts instructions.
-const TIMELESS: Duration = Duration::from_secs(600);
-
 /// How many requests of a queue are handled before the others, and the front-end, are looked at.
 #[derive(Debug)]
 struct Share {
@@ -83,12 +80,13 @@ impl Share {
         (requests > Self::FEW).then(Instant::now)
     }
 
-    /// Of requests that take long there are fewer.
-    fn end(&mut self, begin: Option<Instant>) {
+    /// Of requests that take long there are fewer: longer than the driver may wait for them, if that is more.
+    fn end(&mut self, begin: Option<Instant>, patience: Duration) {
         let Some(duration) = begin.map(|begin| begin.elapsed()) else { return };
-        if duration > Self::LONG {
+        let long = Self::LONG.max(patience);
+        if duration > long {
             self.requests = (self.requests / 2).max(Self::FEW);
-        } else if duration < Self::LONG / 4 {
+        } else if duration < long / 4 {
             self.requests = (self.requests * 2).min(Self::MOST);
         }
     }
@@ -116,14 +114,14 @@ impl Workspace {
         handler: &Py<PyAny>,
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
-        let begin = self.share.begin(self.chains.len()).filter(|_| origin.patience < TIMELESS);
+        let begin = self.share.begin(self.chains.len());
         let result = match handler.bind(py).cast::<BatchHandler>() {
             Ok(handler) => self.handle_batch(py, origin, handler.get(), failures),
             Err(_) => self.handle_each(py, origin, handler, failures),
         };
         self.show(origin);
         self.let_go_of_memory();
-        self.share.end(begin);
+        self.share.end(begin, origin.patience);
         result
     }
 
@@ -210,13 +208,13 @@ impl Workspace {
         let mut rest = chains.drain(..);
         let mut notified = Instant::now();
         while !rest.as_slice().is_empty() {
-            let requests = rest.by_ref().take(TOGETHER).map(|chain| self.request(py, origin, chain));
+            let requests = rest.by_ref().take(PART).map(|chain| self.request(py, origin, chain));
             let requests = requests.collect::<PyResult<Vec<_>>>()?;
             self.handle_part(py, origin, together, handler, requests, failures)?;
             if notified.elapsed() >= origin.patience {
                 self.publish(origin);
                 notified = Instant::now();
-            } else if origin.patience <= PATIENCE {
+            } else if origin.patience < TOGETHER {
                 // A driver that looks for them, and can take one without the other, makes new ones meanwhile.
                 self.show(origin);
             }
