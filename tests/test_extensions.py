@@ -305,6 +305,18 @@ def test_drawing_is_sent_as_the_specification_says(screen: tuple[gpu.Screen, soc
     os.close(read)
 
 
+def test_what_changed_in_a_dma_buffer_is_shown_when_the_answer_comes(
+    screen: tuple[gpu.Screen, socket.socket],
+) -> None:
+    screen_, peer = screen
+    peer.send(struct.pack("=III", 10, 4, 0))
+    screen_.update_dmabuf(1, 2, 3, 4, 5)
+    assert peer.recv(100) == struct.pack("=8I", 10, 0, 20, 1, 2, 3, 4, 5)
+    screen_.timeout = 0.01
+    with pytest.raises(vu.PeerTimeout):
+        screen_.update_dmabuf(1, 2, 3, 4, 5)
+
+
 def test_an_update_of_another_size_than_its_pixels_is_not_sent(screen: tuple[gpu.Screen, socket.socket]) -> None:
     with pytest.raises(ValueError, match="2 by 2 pixels are 16 bytes, not 15"):
         screen[0].update(0, 0, 0, 2, 2, bytes(15))

@@ -91,6 +91,16 @@ def ready(front: FrontEnd, memory: Memory, features: int = PROTOCOL_FEATURES | V
     return ring
 
 
+def ready_without_bit_30(front: FrontEnd, memory: Memory) -> Ring:
+    """The same for a front-end that knows no protocol features: nobody enables it."""
+    front.negotiate(VERSION_1)
+    front.share(memory)
+    ring = Ring(memory)
+    front.place(ring)
+    front.set_kick(ring)
+    return ring
+
+
 # --- Messages and answers ---------------------------------------------------------------------------------------------
 
 
@@ -269,11 +279,7 @@ def test_an_enable_that_is_neither_0_nor_1_is_refused(front: FrontEnd) -> None:
 
 
 def test_features_without_bit_30_enable_every_ring(front: FrontEnd, memory: Memory) -> None:
-    front.negotiate(VERSION_1)
-    front.share(memory)
-    ring = Ring(memory)
-    front.place(ring)
-    front.set_kick(ring)
+    ring = ready_without_bit_30(front, memory)
     assert front.exchange(ring, b"abc", 8) == b"cba"
 
 
@@ -299,11 +305,7 @@ def test_get_features_is_a_quiesce_point_for_a_front_end_without_bit_30(
 ) -> None:
     device = Hold()
     front = connect(serve(device))
-    front.negotiate(VERSION_1)
-    front.share(memory)
-    ring = Ring(memory)
-    front.place(ring)
-    front.set_kick(ring)
+    ring = ready_without_bit_30(front, memory)
     ring.add([], [8])
     front.kick(ring)
     request = device.next()
@@ -326,11 +328,7 @@ def test_what_is_completed_after_a_quiesce_point_does_not_touch_the_driver_s_mem
 ) -> None:
     device = Hold()
     front = connect(serve(device))
-    front.negotiate(VERSION_1)
-    front.share(memory)
-    ring = Ring(memory)
-    front.place(ring)
-    front.set_kick(ring)
+    ring = ready_without_bit_30(front, memory)
     ring.add([], [8])
     front.kick(ring)
     request = device.next()
@@ -342,11 +340,7 @@ def test_what_is_completed_after_a_quiesce_point_does_not_touch_the_driver_s_mem
 
 
 def test_a_ring_goes_on_with_the_next_kick_after_a_quiesce_point(front: FrontEnd, memory: Memory) -> None:
-    front.negotiate(VERSION_1)
-    front.share(memory)
-    ring = Ring(memory)
-    front.place(ring)
-    front.set_kick(ring)
+    ring = ready_without_bit_30(front, memory)
     assert front.exchange(ring, b"abc", 8) == b"cba"
     front.get_u64(Id.GET_FEATURES)
     assert front.exchange(ring, b"def", 8) == b"fed"

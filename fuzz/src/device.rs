@@ -14,7 +14,7 @@ use vhost_user::virtqueue::{
     Big, Chain, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, SplitRing, Used,
 };
 
-use super::support::{Input, in_order_of, level, memory_file, number, two};
+use super::support::{Input, feed, in_order_of, memory_file, number, two};
 
 /// Three regions: the first two are neighbours for the guest, and none begins or ends where a page does.
 const REGIONS: [Region; 3] = [
@@ -33,16 +33,11 @@ const BUFFERS: u64 = 0x1000;
 const MAX_BYTES: u32 = 0x1000;
 
 pub fn split(input: &[u8]) {
-    level(|| {
-        // An input ends where its bytes do, in the middle of whatever.
-        let _ = play(false, &mut Input::new(input));
-    });
+    feed(input, |input| play(false, input));
 }
 
 pub fn packed(input: &[u8]) {
-    level(|| {
-        let _ = play(true, &mut Input::new(input));
-    });
+    feed(input, |input| play(true, input));
 }
 
 fn play(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {

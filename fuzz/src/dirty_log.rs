@@ -6,15 +6,12 @@ use rustix::io::{pread, pwrite};
 use vhost_user::memory::{DirtyLog, PAGE_SIZE};
 use vhost_user::protocol::Log;
 
-use super::support::{Input, level, memory_file, number};
+use super::support::{Input, feed, memory_file, number};
 
 const FILE: u64 = 0x3000;
 
 pub fn run(input: &[u8]) {
-    level(|| {
-        // An input ends where its bytes do, in the middle of whatever.
-        let _ = play(&mut Input::new(input));
-    });
+    feed(input, play);
 }
 
 fn play(input: &mut Input<'_>) -> arbitrary::Result<()> {

@@ -13,7 +13,7 @@ use vhost_user::virtqueue::{
     Big, Driver, Element, Indirect, Little, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
 };
 
-use super::support::{Input, in_order_of, level, memory_file, number, two};
+use super::support::{Input, feed, in_order_of, memory_file, number, two};
 
 const REGION: Region = Region { guest_address: 0x1_0000, size: 0x2ff0, user_address: 0x7000_0000, file_offset: 0x10 };
 const FILE: u64 = 0x4000;
@@ -33,16 +33,11 @@ struct Given {
 }
 
 pub fn split(input: &[u8]) {
-    level(|| {
-        // An input ends where its bytes do, in the middle of whatever.
-        let _ = play(false, &mut Input::new(input));
-    });
+    feed(input, |input| play(false, input));
 }
 
 pub fn packed(input: &[u8]) {
-    level(|| {
-        let _ = play(true, &mut Input::new(input));
-    });
+    feed(input, |input| play(true, input));
 }
 
 fn play(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {

@@ -11,7 +11,7 @@ use vhost_user::protocol::Inflight;
 use vhost_user::virtqueue::{Big, Format, InflightBuffer, Little, PackedRing, Ring, RingOptions, SplitRing};
 
 use super::device::World;
-use super::support::{Input, level, memory_file, number};
+use super::support::{Input, feed, memory_file, number};
 
 /// The queue with the ring, between two others.
 const QUEUE: u16 = 1;
@@ -19,16 +19,11 @@ const QUEUES: u16 = 3;
 const FILE: u64 = 0x3000;
 
 pub fn split(input: &[u8]) {
-    level(|| {
-        // An input ends where its bytes do, in the middle of whatever.
-        let _ = play(false, &mut Input::new(input));
-    });
+    feed(input, |input| play(false, input));
 }
 
 pub fn packed(input: &[u8]) {
-    level(|| {
-        let _ = play(true, &mut Input::new(input));
-    });
+    feed(input, |input| play(true, input));
 }
 
 fn play(packed: bool, input: &mut Input<'_>) -> arbitrary::Result<()> {

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
 use rustix::pipe::pipe;
 use vhost_user::virtqueue::RingOptions;
 
-/// Decoding an input ends where its bytes do.
+/// What decodes an input.
 pub type Input<'a> = Unstructured<'a>;
 
 /// What this process has open and mapped of guest memory.
@@ -36,6 +36,13 @@ pub fn level(target: impl FnOnce()) {
     let before = Belongings::now();
     target();
     assert_eq!(Belongings::now(), before, "something was left over");
+}
+
+/// Run a target that decodes its input as it goes on. It ends where the bytes do, in the middle of whatever.
+pub fn feed(input: &[u8], target: impl FnOnce(&mut Input<'_>) -> arbitrary::Result<()>) {
+    level(|| {
+        let _ = target(&mut Input::new(input));
+    });
 }
 
 /// As Python does: a peer's descriptor may be a pipe that nobody reads.

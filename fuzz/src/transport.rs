@@ -8,13 +8,10 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use vhost_user::protocol::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use vhost_user::transport::{Connection, Frame, Received};
 
-use super::support::{Input, borrowed, level, number, strange_descriptor};
+use super::support::{Input, borrowed, feed, number, strange_descriptor};
 
 pub fn run(input: &[u8]) {
-    level(|| {
-        // An input ends where its bytes do, in the middle of whatever.
-        let _ = stream(&mut Input::new(input));
-    });
+    feed(input, stream);
 }
 
 fn stream(input: &mut Input<'_>) -> arbitrary::Result<()> {

@@ -623,12 +623,6 @@ impl Frontend {
         }
     }
 
-    /// Readable while there is an event. It stays unreadable while nobody waits in here or for an answer.
-    #[must_use]
-    pub fn event_descriptor(&self) -> BorrowedFd<'_> {
-        self.event_count.as_fd()
-    }
-
     /// Send any message at any time, and return what comes back, if something has to.
     ///
     /// This is for those who want to see what a back-end makes of it; the other methods keep to the protocol.
