@@ -255,12 +255,16 @@ def test_a_buffer_may_be_on_scattered_pages(rig: Rig) -> None:
     assert rig.memory.read(elsewhere[2] + PAGE - 2, 2) + rig.memory.read(elsewhere[1], 2) == b"\0zyx"
 
 
-def test_what_is_written_is_logged_where_it_is_in_guest_memory(serve: Serve, connect: Connect, memory: Memory) -> None:
+# QEMU says the I/O address of the used ring, others its guest address.
+@pytest.mark.parametrize("said", [IOVA, 0], ids=["I/O address", "guest address"])
+def test_what_is_written_is_logged_where_it_is_in_guest_memory(
+    serve: Serve, connect: Connect, memory: Memory, said: int
+) -> None:
     rig = set_up(ReverseMany(), serve, connect, memory, FEATURES | LOG_ALL, PROTOCOL | LOG_SHMFD)
     log = rig.front.own(Log.of(memory))
     rig.front.set_log(log)
     ring = rig.ring()
-    rig.front.tell(Id.SET_VRING_ADDR, ring.address_payload(flags=1, log=ring.used))
+    rig.front.tell(Id.SET_VRING_ADDR, ring.address_payload(flags=1, log=ring.used + said))
     room, source = rig.memory.allocate(2 * PAGE, PAGE), rig.page(b"xyz")
     elsewhere = [rig.page(), rig.page()]
     for at, page in enumerate(elsewhere):
@@ -271,6 +275,80 @@ def test_what_is_written_is_logged_where_it_is_in_guest_memory(serve: Serve, con
     rig.front.kick(ring)
     assert ring.wait() == [(0, 4)]
     assert log.dirty() == {*elsewhere, ring.used // PAGE * PAGE}
+
+
+class ScatteredMemory:
+    """Some pages of `memory`, of which none follows the one before it, in a row of their own."""
+
+    def __init__(self, memory: Memory, count: int) -> None:
+        self.memory = memory
+        self.start = self._free = memory.allocate(count * PAGE, PAGE)
+        elsewhere = memory.allocate(2 * count * PAGE, PAGE)
+        #: Where each of them is.
+        self.places = [elsewhere + 2 * at * PAGE for at in reversed(range(count))]
+
+    def allocate(self, size: int, alignment: int) -> int:
+        address = -(-self._free // alignment) * alignment
+        self._free = address + size
+        return address
+
+    def place(self, address: int) -> int:
+        page, offset = divmod(address - self.start, PAGE)
+        return self.places[page] + offset
+
+    def write(self, address: int, data: bytes) -> None:
+        for at, byte in enumerate(data):
+            self.memory.write(self.place(address + at), bytes([byte]))
+
+    def read(self, address: int, size: int) -> bytes:
+        return b"".join(self.memory.read(self.place(address + at), 1) for at in range(size))
+
+
+def test_a_ring_may_be_on_scattered_pages(serve: Serve, connect: Connect, memory: Memory) -> None:
+    rig = set_up(ReverseMany(), serve, connect, memory, FEATURES | LOG_ALL, PROTOCOL | LOG_SHMFD)
+    log = rig.front.own(Log.of(memory))
+    rig.front.set_log(log)
+    scattered = ScatteredMemory(memory, 3)
+    # The descriptor table has a page, and begins in the middle of one.
+    scattered.allocate(PAGE // 2, 1)
+    ring = MappedRing(scattered, size=256)  # type: ignore[arg-type]
+    assert ring.used // PAGE < (ring.used + 8 * ring.size) // PAGE
+    rig.front.start(ring)
+
+    def serve_ring() -> None:
+        asked = []
+        for _ in scattered.places:
+            page, _ = rig.iommu.miss()
+            asked.append(page)
+            user = memory.to_user(scattered.place(page))
+            assert rig.iommu.message(iotlb(UPDATE, page + IOVA, PAGE, user, BOTH)) == 0
+            rig.iommu.agree()
+        assert sorted(asked) == ring.pages
+
+    serve_ring()
+    rig.front.tell(Id.SET_VRING_ADDR, ring.address_payload(flags=1, log=ring.used + IOVA))
+    source, room = rig.page(b"hello"), rig.page()
+    rig.iommu.map(source)
+    rig.iommu.map(room)
+    for _ in range(2):
+        log.clear()
+        for _ in range(ring.size):
+            memory.write(room, bytes(6))
+            ring.add_pieces([(source, 5, 0), (room, 6, WRITE)])
+            rig.front.kick(ring)
+            assert [written for _, written in ring.wait()] == [6]
+            assert memory.read(room, 6) == b"\0olleh"
+        assert log.dirty() == {room, *(scattered.place(page) for page in pages(ring.used, 6 + 8 * ring.size))}
+        # The pages go somewhere else with what they hold.
+        rig.iommu.invalidate(scattered.start, len(scattered.places) * PAGE)
+        held = [memory.read(place, PAGE) for place in scattered.places]
+        scattered.places = scattered.places[::-1]
+        for place, content in zip(scattered.places, held, strict=True):
+            memory.write(place, content)
+        ring.add_pieces([(source, 5, 0), (room, 6, WRITE)])
+        rig.front.kick(ring)
+        serve_ring()
+        assert [written for _, written in ring.wait()] == [6]
 
 
 def test_a_miss_that_is_refused_breaks_its_ring_alone_and_says_why(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

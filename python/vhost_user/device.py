@@ -49,10 +49,10 @@ class Device:
     #: the front-end is asked where they are, and a driver shows the device no more of its memory than it has to.
     #: QEMU makes use of it when it emulates an IOMMU and its device has ``iommu_platform=on,ats=on``, as with
     #: ``vhost_user.guest.Qemu(iommu=True)``. User-Mode Linux would accept it and has no IOMMU: leave it off there. An
-    #: instance may decide for itself before it is served; nothing else in the device changes. Buffers may be scattered
-    #: over guest memory, as an IOMMU allows, but each part of a ring must be in one piece of it, as Linux makes them.
-    #: One that is not breaks: to find its pages one by one would cost every request. vhost-user specification, "IOMMU
-    #: support".
+    #: instance may decide for itself before it is served; nothing else in the device changes. Buffers and rings may be
+    #: scattered over guest memory, as an IOMMU allows and as Linux makes rings of more than a page. Only a ring whose
+    #: pages are scattered over huge pages (hugetlbfs) breaks: a part of those cannot be mapped by itself. vhost-user
+    #: specification, "IOMMU support".
     iommu: bool = False
 
     #: For how long the device's threads look for requests by themselves before they sleep, in seconds, up to 1; 0 for

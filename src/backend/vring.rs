@@ -138,14 +138,7 @@ impl Logging {
     fn mark_ring(&self, used: Option<u64>, ring: &AnyRing, pieces: &[Written]) -> Marked {
         let (Some(log), Some(used)) = (&self.log, used) else { return Marked::default() };
         for piece in pieces {
-            match *piece {
-                Written::Used(offset, length) => log.mark(used.saturating_add(offset), length),
-                Written::Descriptors(offset, length) => {
-                    if let Some(descriptors) = ring.descriptors() {
-                        log.mark(descriptors + offset, length);
-                    }
-                }
-            }
+            on_ring!(ring, ring => ring.guest_ranges(*piece, used, &mut |address, length| log.mark(address, length)));
         }
         Marked(self.call.clone())
     }
@@ -594,8 +587,8 @@ impl Vring {
         addresses.check_alignment(inner.options.packed)?;
         if !inner.is_active() {
             self.stop_here(&mut inner);
-        } else if let State::Running { ring, .. } = &mut inner.state {
-            match ring.relocate(addresses) {
+        } else if let State::Running { ring, run } = &mut inner.state {
+            match ring.relocate(addresses, &run.snapshot) {
                 Ok(()) => {}
                 Err(RingError::NotMapped { .. }) => inner.translation.unmap(),
                 Err(error) => return Err(error.to_string()),
@@ -1015,11 +1008,7 @@ impl Inner {
         if !self.translation.is_unmapped() {
             return Ok(());
         }
-        let found = ring.resolve(&run.snapshot).and_then(|pointers| {
-            ring.move_to(pointers, Arc::clone(&run.snapshot));
-            ring.relocate(addresses)
-        });
-        match found {
+        match ring.relocate(addresses, &run.snapshot) {
             Ok(()) => self.translation.remap(),
             Err(RingError::NotMapped { iova, writable }) => {
                 if self.translation.is_wanted() {
@@ -1097,8 +1086,8 @@ impl AnyRing {
         on_ring!(self, ring => ring.move_to(pointers, snapshot));
     }
 
-    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
-        on_ring!(self, ring => ring.relocate(addresses))
+    fn relocate(&mut self, addresses: RingAddresses, snapshot: &Arc<Snapshot>) -> Result<(), RingError> {
+        on_ring!(self, ring => ring.relocate(addresses, snapshot))
     }
 
     fn base(&self) -> u32 {
@@ -1107,11 +1096,6 @@ impl AnyRing {
 
     fn in_flight(&self) -> u16 {
         on_ring!(self, ring => ring.in_flight())
-    }
-
-    /// The guest address of the descriptors.
-    fn descriptors(&self) -> Option<u64> {
-        on_ring!(self, ring => ring.descriptors())
     }
 }
 

@@ -14,6 +14,8 @@ pub(super) struct Watched {
     end: AtomicUsize,
     page: AtomicUsize,
     lost: AtomicBool,
+    /// Null, or whose pages these are a second time: it loses what is lost here.
+    original: AtomicPtr<Watched>,
     next: AtomicPtr<Watched>,
 }
 
@@ -30,8 +32,9 @@ pub fn faults_seen() -> u64 {
     FAULTS.load(Ordering::Relaxed)
 }
 
-/// Watch `start..end`, whose pages have `page` bytes.
-pub(super) fn watch(start: usize, end: usize, page: usize) -> &'static Watched {
+/// Watch `start..end`, whose pages have `page` bytes, and belong to `original`, if that is given.
+pub(super) fn watch(start: usize, end: usize, page: usize, original: Option<&'static Watched>) -> &'static Watched {
+    let original = original.map_or(std::ptr::null_mut(), |original| std::ptr::from_ref(original).cast_mut());
     let _guard = REGISTRATION.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     install();
     let mut node = HEAD.load(Ordering::Acquire);
@@ -39,6 +42,7 @@ pub(super) fn watch(start: usize, end: usize, page: usize) -> &'static Watched {
     while let Some(watched) = unsafe { node.as_ref() } {
         if watched.start.load(Ordering::Relaxed) == usize::MAX {
             watched.lost.store(false, Ordering::Relaxed);
+            watched.original.store(original, Ordering::Relaxed);
             watched.page.store(page, Ordering::Relaxed);
             watched.end.store(end, Ordering::Relaxed);
             watched.start.store(start, Ordering::Release);
@@ -51,6 +55,7 @@ pub(super) fn watch(start: usize, end: usize, page: usize) -> &'static Watched {
         end: AtomicUsize::new(end),
         page: AtomicUsize::new(page),
         lost: AtomicBool::new(false),
+        original: AtomicPtr::new(original),
         next: AtomicPtr::new(HEAD.load(Ordering::Relaxed)),
     }));
     HEAD.store(std::ptr::from_ref(watched).cast_mut(), Ordering::Release);
@@ -99,6 +104,10 @@ extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _conte
         if start <= address && address < end && watched.start.load(Ordering::Acquire) == start {
             let page = watched.page.load(Ordering::Relaxed);
             watched.lost.store(true, Ordering::Relaxed);
+            // SAFETY: it is null or a node, and nodes are leaked, see `watch`.
+            if let Some(original) = unsafe { watched.original.load(Ordering::Relaxed).as_ref() } {
+                original.lost.store(true, Ordering::Relaxed);
+            }
             FAULTS.fetch_add(1, Ordering::Relaxed);
             // SAFETY: the page lies in a range that `Region` mapped and has not unmapped; replacing it with zeroes
             // changes what the peer's memory says, which we never rely on, and no Rust object lives in it.

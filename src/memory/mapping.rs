@@ -87,7 +87,7 @@ impl Mapping {
             .ok_or_else(|| Error::Memory(format!("the kernel mapped {what} at address 0")))?;
         // SAFETY: `slack < page <= pages_length`, so the pointer stays inside the mapping.
         let start = unsafe { pages.add(slack as usize) };
-        let watched = fault::watch(first, first + pages_length, page);
+        let watched = fault::watch(first, first + pages_length, page, None);
         Ok(Self { start, length: size as usize, pages, pages_length, page, watched })
     }
 
@@ -112,6 +112,11 @@ impl Mapping {
     /// All that is mapped, and in which units.
     pub(super) fn pages(&self) -> Pages {
         Pages { start: self.pages, length: self.pages_length, page: self.page }
+    }
+
+    /// Who watches it.
+    pub(super) fn watched(&self) -> &'static fault::Watched {
+        self.watched
     }
 
     /// Whether the file shrank while it was mapped.

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+use super::fault;
 use super::mapping::Mapping;
 use super::userfault::Pages;
 use crate::error::Error;
@@ -58,6 +59,11 @@ impl Region {
     #[must_use]
     pub fn pages(&self) -> Pages {
         self.mapping.pages()
+    }
+
+    /// Who watches it.
+    pub(super) fn watched(&self) -> &'static fault::Watched {
+        self.mapping.watched()
     }
 
     /// Where the region begins in this process.

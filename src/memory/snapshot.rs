@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::iotlb::{Access, Iotlb, IovaRange, Permission, Unmapped};
+use super::part::{Apart, Part};
 use super::region::Region;
 use crate::error::Error;
 use crate::protocol;
@@ -47,8 +48,8 @@ pub struct OutsideMemory;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Untranslated {
     Outside,
-    /// It is in guest memory, but not in one piece.
-    Scattered,
+    /// It is in guest memory, but in pieces.
+    Scattered(Apart),
     Iommu(Unmapped),
 }
 
@@ -237,7 +238,7 @@ impl Snapshot {
     ) -> Result<(), Untranslated> {
         match &self.iotlb {
             None => Ok(self.pieces(address, length, segment)?),
-            Some(iotlb) => self.resolve_mapped(iotlb, address, length, access, &mut segment),
+            Some(iotlb) => self.resolve_mapped(iotlb, address, length, access, &mut |_, piece| segment(piece)),
         }
     }
 
@@ -248,45 +249,46 @@ impl Snapshot {
         iova: u64,
         length: u64,
         access: Access,
-        segment: &mut dyn FnMut(Segment),
+        segment: &mut dyn FnMut(&Arc<Region>, Segment),
     ) -> Result<(), Untranslated> {
         // Pages that follow each other in a region, too, are one segment.
-        let mut last: Option<(u64, &Region, Segment)> = None;
+        let mut last: Option<(u64, &Arc<Region>, Segment)> = None;
         iotlb.look_up(iova, length, access, |user_address, length| {
             let (region, pointer) = self.find_user(user_address, length).ok_or(Untranslated::Outside)?;
             match &mut last {
-                Some((end, same, segment)) if *end == user_address && std::ptr::eq(*same, region) => {
+                Some((end, same, segment)) if *end == user_address && Arc::ptr_eq(same, region) => {
                     segment.length += length as usize;
                     *end += length;
                 }
                 _ => {
                     let next = (user_address + length, region, Segment { pointer, length: length as usize });
-                    if let Some((_, _, done)) = last.replace(next) {
-                        segment(done);
+                    if let Some((_, region, done)) = last.replace(next) {
+                        segment(region, done);
                     }
                 }
             }
             Ok::<_, Untranslated>(())
         })?;
-        if let Some((_, _, done)) = last {
-            segment(done);
+        if let Some((_, region, done)) = last {
+            segment(region, done);
         }
         Ok(())
     }
 
-    /// The pointer for `length` bytes of a ring, which are in one piece, by the kind of address that SET_VRING_ADDR has:
-    /// user addresses, unless there is an IOMMU.
-    pub fn ring_pointer(&self, address: u64, length: u64, access: Access) -> Result<NonNull<u8>, Untranslated> {
-        let Some(iotlb) = &self.iotlb else {
-            return self.user_pointer(address, length).ok_or(Untranslated::Outside);
-        };
-        let mut found = None;
-        let mut is_whole = true;
-        self.resolve_mapped(iotlb, address, length, access, &mut |segment| {
-            is_whole = found.is_none();
-            found.get_or_insert(segment.pointer);
-        })?;
-        found.filter(|_| is_whole).ok_or(Untranslated::Scattered)
+    /// Where `length` bytes of a ring are, at least one, by the kind of address that SET_VRING_ADDR has: user addresses of
+    /// one region, unless there is an IOMMU.
+    pub fn ring_part(&self, address: u64, length: u64, access: Access) -> Result<Part, Untranslated> {
+        let mut pieces = Vec::new();
+        match &self.iotlb {
+            None => {
+                let (region, pointer) = self.find_user(address, length).ok_or(Untranslated::Outside)?;
+                pieces.push((Arc::clone(region), Segment { pointer, length: length as usize }));
+            }
+            Some(iotlb) => self.resolve_mapped(iotlb, address, length, access, &mut |region, segment| {
+                pieces.push((Arc::clone(region), segment));
+            })?,
+        }
+        Part::new(&pieces).map_err(Untranslated::Scattered)
     }
 
     /// Take over a message that maps I/O addresses, and return these. The error says what is wrong with it.
@@ -313,7 +315,7 @@ impl Snapshot {
         self.find_user(user_address, length).map(|(_, pointer)| pointer)
     }
 
-    fn find_user(&self, user_address: u64, length: u64) -> Option<(&Region, NonNull<u8>)> {
+    fn find_user(&self, user_address: u64, length: u64) -> Option<(&Arc<Region>, NonNull<u8>)> {
         self.regions.iter().find_map(|region| {
             let description = region.description();
             let offset = user_address.checked_sub(description.user_address)?;
@@ -321,7 +323,7 @@ impl Snapshot {
                 return None;
             }
             // SAFETY: `offset < size` was checked just above.
-            Some((&**region, unsafe { region.pointer(offset) }))
+            Some((region, unsafe { region.pointer(offset) }))
         })
     }
 

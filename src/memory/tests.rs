@@ -186,7 +186,7 @@ fn an_io_address_leads_to_the_memory_that_it_is_mapped_to() {
     let mut pointer = None;
     snapshot.resolve(0xa010, 1, Access::Write, |segment| pointer = Some(segment.pointer)).unwrap();
     assert_eq!(pointer, snapshot.user_pointer(0x7000_0000_2010, 1));
-    assert_eq!(snapshot.ring_pointer(0xa010, 0xff0, Access::Read), Ok(pointer.unwrap()));
+    assert_eq!(snapshot.ring_part(0xa010, 0xff0, Access::Read).unwrap().pointer(), pointer.unwrap());
     // Without the IOMMU it is a guest address, where nothing is.
     assert_eq!(resolved(&snapshot.behind(None), 0xa010, 1, Access::Write), Err(Untranslated::Outside));
 }
@@ -198,8 +198,91 @@ fn pages_that_follow_each_other_in_a_region_are_one_segment() {
         snapshot.map(&message(iova, 0x1000, 0x7000_0000_0000 + user, 3)).unwrap();
     }
     assert_eq!(resolved(&snapshot, 0xa000, 0x4000, Access::Read), Ok(vec![0x2000, 0x1000, 0x1000]));
-    assert!(snapshot.ring_pointer(0xa000, 0x2000, Access::Read).is_ok());
-    assert_eq!(snapshot.ring_pointer(0xa000, 0x2001, Access::Read), Err(Untranslated::Scattered));
+}
+
+/// Lead I/O addresses from 0xa000 on to these user pages, one after the other.
+fn scatter(snapshot: &Snapshot, pages: &[u64]) {
+    for (at, page) in pages.iter().enumerate() {
+        snapshot.map(&message(0xa000 + at as u64 * 0x1000, 0x1000, 0x7000_0000_0000 + page, 3)).unwrap();
+    }
+}
+
+#[test]
+fn a_part_of_a_ring_on_scattered_pages_is_in_one_piece_here_and_is_the_same_memory() {
+    let (low, high) = (file(0x4000), file(0x1000));
+    // The first region begins with the second page of its file.
+    let regions = [region(0x1000, 0x2000, 0x1000), region(0x3000, 0x1000, 0)];
+    let files = [low.try_clone().unwrap(), high.try_clone().unwrap()];
+    let snapshot = Snapshot::from_table(&regions, &files).unwrap().behind(Some(Arc::new(Iotlb::default())));
+    scatter(&snapshot, &[0x3000, 0x2000, 0x1000]);
+    let part = snapshot.ring_part(0xaff0, 0x1020, Access::Write).unwrap();
+    let bytes: Vec<u8> = (0..0x1020).map(|at| at as u8 ^ (at >> 8) as u8).collect();
+    // SAFETY: the part is that long, and outlives the call.
+    unsafe { access::write(part.pointer().as_ptr(), &bytes) };
+    let mut seen = vec![0; 0x1020];
+    for (file, offset, range) in [(&high, 0xff0, 0..0x10), (&low, 0x2000, 0x10..0x1010), (&low, 0x1000, 0x1010..0x1020)]
+    {
+        rustix::io::pread(file, &mut seen[range], offset).unwrap();
+    }
+    assert_eq!(seen, bytes);
+    rustix::io::pwrite(&low, b"hello", 0x2000).unwrap();
+    let mut hello = [0; 5];
+    // SAFETY: as above.
+    unsafe { access::read(part.pointer().as_ptr().add(0x10), &mut hello) };
+    assert_eq!(&hello, b"hello");
+    let ranges = |offset, length| {
+        let mut ranges = Vec::new();
+        part.guest_ranges(offset, length, |start, length| ranges.push((start, length)));
+        ranges
+    };
+    assert_eq!(ranges(0, 0x1020), [(0x3ff0, 0x10), (0x2000, 0x1000), (0x1000, 0x10)]);
+    assert_eq!(ranges(0x0f, 2), [(0x3fff, 1), (0x2000, 1)]);
+    assert_eq!(ranges(0x10, 0x1000), [(0x2000, 0x1000)]);
+    assert_eq!(ranges(0x101f, 1), [(0x100f, 1)]);
+    assert_eq!(ranges(0x1020, 1), []);
+    assert_eq!(ranges(5, 0), []);
+}
+
+#[test]
+fn a_scattered_part_outlives_the_snapshot_that_it_came_from() {
+    let snapshot = behind_an_iommu();
+    scatter(&snapshot, &[0x2000, 0x1000]);
+    let part = snapshot.ring_part(0xa000, 0x2000, Access::Write).unwrap();
+    drop(snapshot);
+    // SAFETY: the part is that long, and outlives the call.
+    unsafe { access::write(part.pointer().as_ptr(), &[1; 0x2000]) };
+}
+
+#[test]
+fn only_whole_pages_are_put_side_by_side() {
+    let snapshot = behind_an_iommu();
+    // Two halves of a page that come from two pages; and a page that is in the middle of two.
+    snapshot.map(&message(0xa000, 0x800, 0x7000_0000_1000, 3)).unwrap();
+    snapshot.map(&message(0xa800, 0x800, 0x7000_0000_2800, 3)).unwrap();
+    snapshot.map(&message(0xb000, 0x1000, 0x7000_0000_1800, 3)).unwrap();
+    for (iova, length) in [(0xa000, 0x1000), (0xaffc, 8)] {
+        let refused = snapshot.ring_part(iova, length, Access::Read).unwrap_err();
+        assert_eq!(refused, Untranslated::Scattered(Apart::NotPages));
+    }
+    assert!(snapshot.ring_part(0xa800, 0x800, Access::Read).is_ok());
+}
+
+#[test]
+fn a_page_that_is_lost_where_it_is_mapped_a_second_time_is_lost_to_its_region() {
+    let shrinking = file(0x2000);
+    let regions = [region(0x1000, 0x1000, 0), region(0x8000, 0x2000, 0)];
+    let files = [file(0x1000), shrinking.try_clone().unwrap()];
+    let snapshot = Snapshot::from_table(&regions, &files).unwrap().behind(Some(Arc::new(Iotlb::default())));
+    scatter(&snapshot, &[0x9000, 0x1000, 0x8000]);
+    let part = snapshot.ring_part(0xa000, 0x3000, Access::Read).unwrap();
+    let seen = faults_seen();
+    ftruncate(&shrinking, 0x1000).unwrap();
+    let mut bytes = [1; 0x3000];
+    // SAFETY: the part is that long, and outlives the call.
+    unsafe { access::read(part.pointer().as_ptr(), &mut bytes) };
+    assert_eq!(bytes, [0; 0x3000]);
+    assert!(faults_seen() > seen);
+    assert_eq!(snapshot.lost_region().map(|region| region.guest_address), Some(0x8000));
 }
 
 #[test]
@@ -341,6 +424,26 @@ fn whoever_touches_a_missing_page_waits_until_it_is_provided() {
     userfault.unregister(region.pages()).unwrap();
     assert_eq!(byte_at(&region, 0), 0);
     assert!(!region.is_lost());
+}
+
+#[test]
+fn a_page_that_is_to_be_mapped_a_second_time_is_waited_for() {
+    let Some(userfault) = userfault() else { return };
+    let snapshot = behind_an_iommu();
+    scatter(&snapshot, &[0x3000, 0x1000]);
+    let late = Arc::clone(&snapshot.regions()[0]);
+    userfault.register(late.pages()).unwrap();
+    let reader = std::thread::spawn(move || {
+        let part = snapshot.ring_part(0xa000, 0x2000, Access::Write).unwrap();
+        let mut byte = [0];
+        // SAFETY: the part is that long, and outlives the call.
+        unsafe { access::read(part.pointer().as_ptr().add(0x1005), &mut byte) };
+        byte[0]
+    });
+    let start = late.host().addr().get() as u64;
+    assert_eq!(wait_for_fault(&userfault), start);
+    assert!(userfault.copy(start, &[7; 0x1000]).unwrap());
+    assert_eq!(reader.join().unwrap(), 7);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::chain::{Chain, Used};
 use super::inflight::InflightSlot;
 use super::walk::Walk;
 use crate::error::RingError;
-use crate::memory::{Access, IovaRange, Snapshot, Unmapped, Untranslated};
+use crate::memory::{Access, IovaRange, Part, Snapshot, Unmapped, Untranslated};
 
 /// The device's end of a running ring, in either format.
 ///
@@ -57,10 +57,11 @@ pub trait Ring: Debug + Send {
         common.walk.snapshot = snapshot;
     }
 
-    /// Go on at other addresses in the same memory, or stay where it is with an error.
-    fn relocate(&mut self, addresses: RingAddresses) -> Result<(), RingError> {
+    /// Go on at other addresses, or the same, over `snapshot`, or stay where it is with an error.
+    fn relocate(&mut self, addresses: RingAddresses, snapshot: &Arc<Snapshot>) -> Result<(), RingError> {
         let common = self.common_mut();
-        common.parts = Parts::resolve(addresses, common.size, &common.walk.snapshot, common.options)?;
+        common.parts = Parts::resolve(addresses, common.size, snapshot, common.options)?;
+        common.walk.snapshot = Arc::clone(snapshot);
         common.addresses = addresses;
         Ok(())
     }
@@ -74,9 +75,18 @@ pub trait Ring: Debug + Send {
         self.common().size
     }
 
-    /// The guest address of the descriptors.
-    fn descriptors(&self) -> Option<u64> {
-        self.snapshot().guest_address(self.common().parts.descriptors.cast())
+    /// Call `range` with each range of guest addresses that was written to, by its start and its length. The used part is
+    /// where the front-end says that it is to be logged: at `used`. Behind an IOMMU that is an I/O address, and it is
+    /// where we know it to be.
+    fn guest_ranges(&self, written: Written, used: u64, range: &mut dyn FnMut(u64, u64)) {
+        let [descriptors, _, used_part] = &*self.common().parts.places;
+        match written {
+            Written::Descriptors(offset, length) => descriptors.guest_ranges(offset, length, range),
+            Written::Used(offset, length) if self.snapshot().iotlb().is_some() => {
+                used_part.guest_ranges(offset, length, range);
+            }
+            Written::Used(offset, length) => range(used.saturating_add(offset), length),
+        }
     }
 
     /// Where the ring would go on if it stopped now, as in GET_VRING_BASE. Chains that are to be taken again, and are
@@ -271,12 +281,14 @@ pub(super) struct Descriptor {
     pub(super) link: u16,
 }
 
-/// Host pointers to the parts of one ring, each valid over its whole extent while the snapshot lives.
-#[derive(Clone, Copy, Debug)]
+/// Host pointers to the parts of one ring, each valid over its whole extent while this and the snapshot live.
+#[derive(Debug)]
 pub(super) struct Parts {
     pub(super) descriptors: NonNull<u64>,
     pub(super) avail: NonNull<u16>,
     pub(super) used: NonNull<u16>,
+    /// Where these come from, in this order. Elsewhere: a ring that is worked on does not look at it.
+    places: Box<[Part; 3]>,
 }
 
 impl Parts {
@@ -291,11 +303,13 @@ impl Parts {
         let part = |at: usize, address, access| resolve_part(snapshot, names[at], address, lengths[at], access);
         // A device gives back chains in the descriptors of a packed ring; it only reads those of a split one.
         let descriptors = Access::to_descriptor(options.packed);
-        Ok(Self {
-            descriptors: part(0, addresses.descriptors, descriptors)?.cast(),
-            avail: part(1, addresses.avail, Access::Read)?.cast(),
-            used: part(2, addresses.used, Access::Write)?.cast(),
-        })
+        let places = Box::new([
+            part(0, addresses.descriptors, descriptors)?,
+            part(1, addresses.avail, Access::Read)?,
+            part(2, addresses.used, Access::Write)?,
+        ]);
+        let [descriptors, avail, used] = [&places[0], &places[1], &places[2]].map(Part::pointer);
+        Ok(Self { descriptors: descriptors.cast(), avail: avail.cast(), used: used.cast(), places })
     }
 }
 
@@ -306,11 +320,11 @@ fn resolve_part(
     address: u64,
     length: u64,
     access: Access,
-) -> Result<NonNull<u8>, RingError> {
+) -> Result<Part, RingError> {
     let end = u128::from(address) + u128::from(length);
-    let reason = match snapshot.ring_pointer(address, length, access) {
+    let reason = match snapshot.ring_part(address, length, access) {
         // The guest's address was checked, but a region may begin anywhere in its file.
-        Ok(pointer) if (pointer.addr().get() as u64).is_multiple_of(alignment) => return Ok(pointer),
+        Ok(part) if (part.pointer().addr().get() as u64).is_multiple_of(alignment) => return Ok(part),
         Err(Untranslated::Iommu(Unmapped::Miss { iova, access })) => {
             return Err(RingError::NotMapped { iova, writable: access == Access::Write });
         }
@@ -319,8 +333,8 @@ fn resolve_part(
                 "the {name} at I/O addresses {address:#x}..{end:#x} is for {access}, which {iova:#x} is not mapped for"
             )
         }
-        Err(Untranslated::Scattered) => {
-            format!("the {name} at I/O addresses {address:#x}..{end:#x} is not in one piece of guest memory")
+        Err(Untranslated::Scattered(reason)) => {
+            format!("the {name} at I/O addresses {address:#x}..{end:#x} is scattered over guest memory, {reason}")
         }
         Ok(_) | Err(Untranslated::Outside) => format!(
             "the {name} at user addresses {address:#x}..{end:#x} is not aligned, or not inside one region of guest \

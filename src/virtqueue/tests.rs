@@ -16,7 +16,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use super::*;
 use crate::error::RingError;
 use crate::memory::{Snapshot, access};
-use crate::protocol::Region;
+use crate::protocol::{Iotlb, Region};
 
 /// What a user address has more than the guest address of the same byte.
 const USER: u64 = 0x7000_0000_0000;
@@ -599,6 +599,46 @@ fn a_ring_moves_to_other_memory_and_goes_on() {
         assert_eq!(rig.driver.pop(), Ok(Some(Used { head, written: 3 })));
         assert_eq!(rig.peek(DATA, 3), b"old");
         rig.round();
+    }
+}
+
+/// The same memory as it is for a device behind an IOMMU: every page of a ring, and of `DATA`, is a region of its own, and
+/// none is next to the one that follows it.
+fn scattered(files: &[OwnedFd]) -> Arc<Snapshot> {
+    const PAGE: u64 = 0x1000;
+    let starts = [DESCRIPTORS, AVAIL, USED, DATA];
+    let pages: Vec<u64> = starts.into_iter().flat_map(|start| (0..4).map(move |page| start + page * PAGE)).collect();
+    let place = |at: usize| 0x1000_0000 - 2 * PAGE * at as u64;
+    let regions: Vec<_> = pages
+        .iter()
+        .enumerate()
+        .map(|(at, page)| Region {
+            guest_address: place(at),
+            size: PAGE,
+            user_address: place(at),
+            file_offset: page - REGIONS[0].0,
+        })
+        .collect();
+    let files: Vec<_> = regions.iter().map(|_| files[0].try_clone().unwrap()).collect();
+    let memory = Snapshot::from_table(&regions, &files).unwrap().behind(Some(Arc::default()));
+    for (at, page) in pages.iter().enumerate() {
+        for iova in [*page, USER + page] {
+            let user_address = place(at);
+            let told = Iotlb { iova, size: PAGE, user_address, permission: 3, kind: Iotlb::UPDATE, padding: [0; 6] };
+            memory.map(&told).unwrap();
+        }
+    }
+    Arc::new(memory)
+}
+
+#[test]
+fn a_ring_on_scattered_pages_goes_round_like_any_other() {
+    for options in [FLAGS_ONLY, EVENT_IDX].into_iter().flat_map(formats) {
+        let mut rig = Rig::new(512, 0, options);
+        rig.device = new_device(ADDRESSES, 512, rig.base(0), options, scattered(&rig.files)).unwrap();
+        for _ in 0..3 * 512 {
+            rig.round();
+        }
     }
 }
 

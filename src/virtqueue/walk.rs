@@ -145,7 +145,7 @@ pub(super) fn untranslated(
         Untranslated::Iommu(Unmapped::Denied { iova, access }) => {
             RingError::NotPermitted { descriptor, iova, writable: access == Access::Write }
         }
-        Untranslated::Outside | Untranslated::Scattered => RingError::OutsideMemory {
+        Untranslated::Outside | Untranslated::Scattered(_) => RingError::OutsideMemory {
             descriptor,
             start,
             end: u128::from(start) + u128::from(length),
