@@ -806,6 +806,23 @@ def test_call_descriptors_that_are_full_closed_or_not_writable_are_no_trouble(fr
         os.close(descriptor)
 
 
+def test_a_call_descriptor_that_is_made_to_block_when_it_is_full_costs_a_moment(
+    front: FrontEnd, memory: Memory
+) -> None:
+    ring, other = two_rings(front, memory)
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    front.tell(Id.SET_VRING_CALL, vring_descriptor(0), [event])
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(event)
+    os.eventfd_write(event, 0xFFFF_FFFF_FFFF_FFFE)
+    # The flag is one for all who have the descriptor.
+    os.set_blocking(event, True)
+    for _ in range(3):
+        assert front.exchange(ring, b"abc", 8) == b"\0cba"
+    assert front.exchange(other, b"abc", 8) == b"\x01cba"
+    os.close(event)
+
+
 # --- Streams that cannot be followed ----------------------------------------------------------------------------------
 
 

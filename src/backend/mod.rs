@@ -8,6 +8,7 @@
 //! | `lead` | when a driver sees what is done of a batch, and when it is notified |
 //! | `polling` | when to look for requests, and when to sleep until a kick |
 //! | `notification` | kick, call and error descriptors, whatever kind the peer sent |
+//! | `guard` | writes to a peer's descriptor that do not come back |
 //! | `channel` | requests of the back-end, made from any thread, and their answers |
 //! | `config` | the bytes of the configuration space |
 //! | `device_state` | the device's own state on its way to another back-end, or from one |
@@ -24,6 +25,7 @@ mod config;
 mod device_state;
 mod event_loop;
 mod extensions;
+mod guard;
 mod lead;
 mod notification;
 mod polling;

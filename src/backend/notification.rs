@@ -1,19 +1,20 @@
 //! Kick, call and error descriptors.
 //!
 //! An eventfd is the usual kind, but only "reads and writes of 8 bytes" is promised: User-Mode Linux passes socket
-//! ends and blocking eventfds. Nothing here ever blocks on a peer's descriptor, nor changes its flags, which the peer
-//! shares.
+//! ends and blocking eventfds. Nothing here blocks on a peer's descriptor for longer than a moment, nor changes its flags,
+//! which the peer shares.
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, readlink};
-use rustix::io::{Errno, ReadWriteFlags, preadv2, read, write};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2, read};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::channel::{Channel, Notification};
+use super::guard::Guarded;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -114,8 +115,8 @@ impl Kick {
     fn read(&self, space: &mut [u8]) -> Result<usize, Errno> {
         match self.kind {
             Kind::Socket => recv(&self.descriptor, space, RecvFlags::DONTWAIT).map(|(count, _)| count),
-            Kind::NonBlocking => read(&self.descriptor, space),
-            Kind::Blocking => {
+            // What did not block when it came may by now.
+            Kind::NonBlocking | Kind::Blocking => {
                 match preadv2(&self.descriptor, &mut [IoSliceMut::new(space)], u64::MAX, ReadWriteFlags::NOWAIT) {
                     Err(Errno::OPNOTSUPP) if is_ready(&self.descriptor, PollFlags::IN) => read(&self.descriptor, space),
                     Err(Errno::OPNOTSUPP) => Err(Errno::AGAIN),
@@ -164,7 +165,8 @@ pub enum Call {
 
 impl Call {
     pub fn new(descriptor: OwnedFd) -> Self {
-        Self::Descriptor(Notifier { kind: kind_of(&descriptor), descriptor })
+        let (kind, is_eventfd) = (kind_of(&descriptor), is_eventfd(&descriptor));
+        Self::Descriptor(Notifier { kind, is_eventfd, guarded: Guarded::new(descriptor) })
     }
 
     /// Never waits, and cannot fail: whoever cannot be told has no use for it.
@@ -179,8 +181,9 @@ impl Call {
 /// A peer's descriptor to write to.
 #[derive(Debug)]
 pub struct Notifier {
-    descriptor: OwnedFd,
+    guarded: Arc<Guarded>,
     kind: Kind,
+    is_eventfd: bool,
 }
 
 impl Notifier {
@@ -188,12 +191,17 @@ impl Notifier {
     /// error of ours.
     fn signal(&self) {
         let one = 1u64.to_ne_bytes();
-        let _ = match self.kind {
-            Kind::Socket => send(&self.descriptor, &one, SendFlags::NOSIGNAL | SendFlags::DONTWAIT),
-            Kind::NonBlocking => write(&self.descriptor, &one),
-            Kind::Blocking if is_ready(&self.descriptor, PollFlags::OUT) => write(&self.descriptor, &one),
-            Kind::Blocking => Ok(0),
-        };
+        let descriptor = self.guarded.descriptor();
+        match self.kind {
+            Kind::Socket => drop(send(descriptor, &one, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)),
+            Kind::NonBlocking if self.is_eventfd => self.guarded.write(&one),
+            Kind::NonBlocking | Kind::Blocking => {
+                let written = pwritev2(descriptor, &[IoSlice::new(&one)], u64::MAX, ReadWriteFlags::NOWAIT);
+                if written == Err(Errno::OPNOTSUPP) && is_ready(descriptor, PollFlags::OUT) {
+                    self.guarded.write(&one);
+                }
+            }
+        }
     }
 }
 
@@ -202,7 +210,8 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use rustix::event::{EventfdFlags, eventfd};
-    use rustix::io::dup;
+    use rustix::fs::fcntl_setfl;
+    use rustix::io::{dup, write};
     use rustix::pipe::pipe;
 
     use super::*;
@@ -304,5 +313,33 @@ mod tests {
         let full = eventfd(0, EventfdFlags::empty()).unwrap();
         write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         Call::new(full).signal();
+    }
+
+    #[test]
+    fn a_descriptor_that_is_made_to_block_holds_nobody_up_for_long() {
+        for end in ["eventfd", "pipe"] {
+            let (theirs, ours, filling) = match end {
+                "eventfd" => {
+                    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+                    (dup(&event).unwrap(), event, (u64::MAX - 1).to_ne_bytes().to_vec())
+                }
+                _ => {
+                    let (reader, writer) = pipe().unwrap();
+                    fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+                    (reader, writer, vec![0; 1 << 16])
+                }
+            };
+            let writer = dup(&ours).unwrap();
+            let call = Call::new(ours);
+            write(&writer, &filling).unwrap();
+            fcntl_setfl(&writer, OFlags::empty()).unwrap();
+            call.signal();
+            call.signal();
+            drop(theirs);
+        }
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let mut kick = Kick::new(dup(&event).unwrap());
+        fcntl_setfl(&event, OFlags::empty()).unwrap();
+        assert_eq!(kick.consume(), Kicked::No);
     }
 }
