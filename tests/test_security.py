@@ -54,6 +54,9 @@ def test_the_limits_are_what_the_page_says() -> None:
         ("requests in flight when a session ends", "END_DEADLINE"),
     ]:
         assert f"Duration::from_secs({limit(what).split()[0]})" == constant("backend/session.rs", name)
+    asked = limit("an address that the front-end is asked for, behind an IOMMU").split()[0]
+    assert f"Duration::from_secs({asked})" == constant("backend/translation.rs", "MISS_DEADLINE")
+    assert limit("looking for requests before going to sleep") == f"{vu.Device.busy_poll * 1e6:g} µs"
 
 
 def test_a_request_of_more_bytes_than_the_limit_breaks_its_queue(

@@ -2,6 +2,18 @@
 
 Derive from :class:`Device`, declare queues and configuration fields, write a handler, and serve it on a socket that
 QEMU, User-Mode Linux, cloud-hypervisor, crosvm, Firecracker or DPDK connects to with the vhost-user protocol.
+
+Beside what is here:
+
+    vhost_user.devices      an entropy source, a disk, a console, and an I2C bus with a sensor
+    vhost_user.testing      the driver's side in this process, for unit tests, and hostile drivers
+    vhost_user.guest        boots a Linux kernel with devices, and runs commands in it
+    vhost_user.simulation   one virtual clock for a kernel and its devices
+    vhost_user.extensions   what only some device types have: screens, shared memory, crypto sessions
+    vhost_user.check        whether a back-end keeps to the specification
+    vhost_user.bench        how fast a back-end is
+    vhost_user.trace        what a front-end and a back-end say to each other
+    vhost_user.reload       new code for a device that is being served
 """
 
 from typing import TYPE_CHECKING

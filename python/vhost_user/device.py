@@ -191,7 +191,10 @@ class Device:
         once: bool = False,
         mode: int = 0o600,
     ) -> None:
-        """The same within a running asyncio loop, on whose thread the handlers run. Cancelling it ends it."""
+        """Serve the device within a running asyncio loop, on whose thread the handlers run. Cancelling it ends it.
+
+        The arguments, and what is raised, are those of :meth:`serve`.
+        """
         from .server import Endpoint
 
         await self._runtime.serve_async(Endpoint(path=path, fd=fd, connect=connect, mode=mode), once)
@@ -205,9 +208,10 @@ class Device:
         once: bool = False,
         mode: int = 0o600,
     ) -> Server:
-        """The same in a thread of its own. The socket is there when this returns.
+        """Serve the device in a thread of its own. The socket is there when this returns.
 
-        The server that it returns is a context manager that stops at the end of its block.
+        The arguments, and what is raised, are those of :meth:`serve`. The server that it returns is a context manager
+        that stops at the end of its block.
         """
         from .server import Endpoint, Server
 

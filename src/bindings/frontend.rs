@@ -377,7 +377,7 @@ impl Memory {
 
 /// Memory in which a back-end notes which requests it has begun, so that the next one finds them if it dies: what
 /// :meth:`vhost_user.Frontend.get_inflight` returns. vhost-user specification, "Inflight I/O tracking".
-#[pyclass(frozen, module = "vhost_user._core")]
+#[pyclass(frozen, module = "vhost_user")]
 #[derive(Debug)]
 pub struct InflightRecord {
     core: Record,
@@ -600,7 +600,7 @@ pub fn add_tables(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     let flags = py.import("enum")?.getattr("IntFlag")?;
     let names = PyDict::new(py);
-    names.set_item("module", "vhost_user._core")?;
+    names.set_item("module", "vhost_user")?;
     for (name, table, documentation) in [
         ("ProtocolFeature", ProtocolFeatures::NAMES, "What GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES exchange."),
         (
