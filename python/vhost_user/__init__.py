@@ -19,7 +19,7 @@ Beside what is here:
 from typing import TYPE_CHECKING
 
 from . import config
-from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, Request, TransportFeature
+from ._core import Blocks, DirtyLog, InflightRecord, Memory, ProtocolFeature, Request, TransportFeature
 from .device import Device
 from .errors import (
     AddressInUse,
@@ -73,6 +73,7 @@ else:
 __all__ = [
     "AddressInUse",
     "Batch",
+    "Blocks",
     "Completion",
     "DeclarationError",
     "Device",

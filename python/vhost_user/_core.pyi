@@ -158,9 +158,8 @@ class Complaints:
 
 @final
 class Blocks:
-    """A disk of so many sectors in `file`, which has to stay open. Reads, and with `writes` writes, need nobody else.
-
-    Virtio 1.3, section 5.2.6.
+    """A disk of so many sectors of 512 bytes in `file`, which has to stay open: reads, and with `writes` writes, are
+    answered without the interpreter. What :meth:`Queue.blocks` returns. Virtio 1.3, section 5.2.6.
     """
 
     def __new__(cls, file: int | _HasFileno, sectors: int, writes: bool) -> Blocks: ...

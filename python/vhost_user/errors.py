@@ -50,4 +50,4 @@ class RequestCompleted(RequestError):
 
 
 class RequestRevoked(RequestError):
-    """The driver that made the request is gone: it was reset, or its front-end disconnected."""
+    """The driver that made the request is gone, or took its queue away at once: by a reset, or with its front-end."""

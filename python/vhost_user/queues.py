@@ -87,10 +87,11 @@ class Queue:
         return method
 
     def blocks(self, method: Handler) -> Handler:
-        """Call `method(self)` for every batch of requests, for the :class:`Blocks` that reads and writes go to.
+        """Call `method(self)` for every batch of requests; the :class:`Blocks` that it returns does what it can.
 
-        They need no handler then; the others are left to those that there are, and so are all if it returns None. A
-        subclass that declares a handler of its own for the queue replaces it, too.
+        For disks: plain reads and writes of a file then need neither a handler nor the interpreter. Other requests are
+        left to the handlers that there are, and so are all if it returns None. A subclass that declares a handler of
+        its own for the queue replaces it, too.
         """
         method.__vhost_user_blocks__ = self  # type: ignore[attr-defined]
         return method

@@ -17,7 +17,7 @@ const OK: u8 = 0;
 const SECTOR: u64 = 512;
 
 /// A disk of so many sectors in `file`, which has to stay open. Reads, and with `writes` writes, need nobody else.
-#[pyclass(frozen, module = "vhost_user._core")]
+#[pyclass(frozen, module = "vhost_user")]
 #[derive(Debug)]
 pub struct Blocks {
     file: FileDescriptor,
