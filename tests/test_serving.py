@@ -677,6 +677,14 @@ def test_ctrl_c_ends_serving_in_good_order(path: Path, memory: Memory, line: str
     assert not path.exists()
 
 
+@pytest.mark.parametrize("line", ["Reverse().serve(sys.argv[1])", "Reverse().start(sys.argv[1]).wait()"])
+def test_a_signal_that_does_not_wake_who_waits_is_not_lost(path: Path, line: str) -> None:
+    # As one that comes just before the wait: Python is told of it, and no system call ends.
+    later = "import _thread, threading; threading.Timer(0.5, _thread.interrupt_main).start()"
+    with program(f"sys.argv[1:] = [{str(path)!r}]", later, line) as process:
+        assert process.wait(10) == -signal.SIGINT
+
+
 def test_a_front_end_that_never_stops_talking_does_not_hold_the_end_up(path: Path) -> None:
     message = struct.pack("=III", Id.SET_OWNER, 1, 0)
 

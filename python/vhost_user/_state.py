@@ -116,6 +116,8 @@ class _Stream(io.RawIOBase):
         self._writes = writes
         self._cancelled = cancelled
         self._socket: socket.socket | None = None
+        # Nothing is open if this raises, and the object is closed all the same when it goes.
+        self._fd = -1
         try:
             kind = os.fstat(fd).st_mode
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
@@ -173,5 +175,5 @@ class _Stream(io.RawIOBase):
         super().close()
         if self._socket is not None:
             self._socket.close()
-        else:
+        elif self._fd >= 0:
             os.close(self._fd)

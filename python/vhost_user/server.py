@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import socket
 import stat
@@ -29,6 +30,8 @@ Address = str
 #: What fits in a socket address.
 MAX_PATH = 107
 SYSTEMD_FIRST_FD = 3
+#: Seconds after which who waits for a device looks for signals, whatever else happens.
+SIGNAL_PATIENCE = 0.5
 
 
 class Endpoint:
@@ -237,9 +240,12 @@ class Server:
         Raises:
             BaseException: whatever ended the thread, if it did not end well.
         """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        # A signal that comes just before a wait, or on another thread, does not end it: it is looked at between two.
+        while self.running and not self._ended.wait(min(SIGNAL_PATIENCE, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                return False
         # Not Thread.join(): Python 3.11 takes a thread for dead once an exception, say Ctrl-C, has ended its join().
-        if self.running and not self._ended.wait(timeout):
-            return False
         self._thread.join()
         atexit.unregister(self.stop)
         failure, self._failure = self._failure, None

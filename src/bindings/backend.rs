@@ -33,6 +33,9 @@ const POLLS_UNTIL_IDLE: u32 = 200;
 /// Longer than this, Ctrl-C would not be noticed.
 const MAX_BUSY_POLL: Duration = Duration::from_secs(1);
 
+/// Seconds after which the main thread looks for signals, whatever else happens.
+const SIGNAL_PATIENCE: f64 = 0.5;
+
 type Callbacks = HashMap<u32, Py<PyAny>>;
 type Handlers = Vec<Option<Py<PyAny>>>;
 
@@ -226,7 +229,11 @@ impl Backend {
 
     /// Run the loop until :meth:`stop`.
     fn run(&self, py: Python<'_>) -> PyResult<()> {
-        while self.dispatch(py, None)? {}
+        // Python handles signals on the main thread. One that comes between the last look at them and the wait, or on
+        // another thread, does not end the wait.
+        let is_main = rustix::thread::gettid() == rustix::process::getpid();
+        let timeout = is_main.then_some(SIGNAL_PATIENCE);
+        while self.dispatch(py, timeout)? {}
         Ok(())
     }
 
