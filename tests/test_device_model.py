@@ -192,7 +192,8 @@ class Driver(RuleBasedStateMachine):
     def device_pushes(self, data: bytes) -> None:
         queue = self.frontend.queue(2, 4)
         completion = queue.submit(writable=64)
-        self.device.pushq.push(data)
+        # The device may not have seen the queue's kick yet.
+        self.device.pushq.push(data, timeout=10)
         assert completion.wait() == data
         assert queue.stop() == 1
 

@@ -360,12 +360,15 @@ def test_a_log_has_the_pages_that_were_written_to_since_the_last_look() -> None:
         assert log.take() == []
         frontend.log_all()
         queue.request(b"abc", 3)
+        # What a request has changed is marked before the device answers a message.
+        frontend.status()
         [region] = frontend.memory.regions
         first = log.take()
         assert first
         assert all(region[0] <= page * 4096 < sum(region) for page in first)
         assert log.take() == []
         queue.request(b"abc", 3)
+        frontend.status()
         assert log.take() == first
         frontend.log_all(False)
         queue.request(b"abc", 3)
