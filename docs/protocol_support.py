@@ -50,6 +50,21 @@ SEEN = {
     "QEMU (device state)": {"SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE"},
     "QEMU (postcopy)": {"POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END", "GET_VRING_BASE_INFLIGHT"},
     "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
+    "QEMU (input)": {"SET_CONFIG", "BACKEND_CONFIG_CHANGE_MSG"},
+    "QEMU (network)": {"NET_SET_MTU", "SEND_RARP"},
+    "QEMU (crypto)": {"CREATE_CRYPTO_SESSION", "CLOSE_CRYPTO_SESSION"},
+    "QEMU (GPU)": {"GPU_SET_SOCKET"},
+    "QEMU (windows)": {
+        "GET_SHMEM_CONFIG",
+        "REM_MEM_REG",
+        "BACKEND_SHMEM_MAP",
+        "BACKEND_SHMEM_UNMAP",
+        "BACKEND_VRING_HOST_NOTIFIER_MSG",
+        "BACKEND_SEND_FD",
+        "BACKEND_SHARED_OBJECT_ADD",
+        "BACKEND_SHARED_OBJECT_REMOVE",
+        "BACKEND_SHARED_OBJECT_LOOKUP",
+    },
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
     "DPDK's driver": {*_DPDK.split()},
@@ -75,6 +90,10 @@ PEERS = {
         "test_a_guest_goes_on_before_its_memory_is_there_and_what_was_in_flight_is_done_there"
     ),
     "QEMU (IOMMU)": "devices/test_qemu_iommu.py::test_a_disk_behind_an_iommu_keeps_what_is_written",
+    **dict.fromkeys(
+        ["QEMU (input)", "QEMU (network)", "QEMU (crypto)", "QEMU (GPU)", "QEMU (windows)"],
+        _TRACED + "a_front_end_of_qemu_says_what_the_page_says_that_it_says",
+    ),
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
     "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
     "DPDK's driver": _TRACED + "a_driver_of_dpdk_says_what_the_page_says_that_it_says",
@@ -82,6 +101,34 @@ PEERS = {
     "DPDK's device": _TRACED + "our_front_end_says_it_to_a_device_of_dpdk",
     "rust-vmm's back-end": "rust_vmm.rs::our_front_end_*",
 }
+
+#: What a device did behind each of QEMU's front-ends, and with which drivers: one of the tests, over QEMU's qtest
+#: protocol, and Linux's own where a test boots it. The generic front-end is for types that have none of their own.
+FRONT_ENDS = {
+    "vhost-user-rng-pci": ("random numbers", "qtest, Linux"),
+    "vhost-user-blk-pci": ("reads and writes", "qtest, Linux"),
+    "vhost-user-test-device-pci (console)": ("output and input", "qtest, Linux"),
+    "vhost-user-test-device-pci (windows)": ("shared memory, a host notifier, shared objects", "qtest"),
+    "vhost-user-i2c-pci": ("reads and writes of a sensor", "qtest"),
+    "vhost-user-gpio-pci": ("names and levels of lines, an interrupt", "qtest"),
+    "vhost-user-spi-pci": ("a transfer", "qtest"),
+    "vhost-user-rtc-pci": ("the time", "qtest"),
+    "vhost-user-snd-pci": ("a stream is set up, and plays", "qtest"),
+    "vhost-user-input-pci": ("what there is to type, keys, a lamp", "qtest, Linux"),
+    "vhost-user-vsock-pci": ("connections, and bytes both ways", "qtest, Linux"),
+    "vhost-user-scsi-pci": ("inquiry, reads and writes, errors", "qtest, SeaBIOS, Linux"),
+    "vhost-user-fs-pci": ("a file is looked up and read", "qtest, Linux"),
+    "vhost-user-gpu-pci": ("displays, an image, a cursor, on the socket that it is given", "qtest"),
+    "virtio-net-pci": ("frames both ways, MTU, announcement", "qtest, Linux"),
+    "virtio-crypto-pci": ("a session is made, used and closed", "qtest"),
+}
+
+#: In which tests that is.
+DRIVERS = [
+    "devices/test_qemu_front_ends.py::test_a_device_does_its_work_behind_each_front_end",
+    "devices/test_qemu_front_ends.py::test_linux_has_its_own_drivers_for_them",
+    "devices/test_qemu.py::test_devices_outlive_a_reboot_and_the_end_of_qemu",
+]
 
 SESSION = "test_session.py::test_"
 FRONTEND = "test_frontend.py::test_"
@@ -266,6 +313,7 @@ def page() -> str:
             *_section("Requests of the back-end", [row for row in tables if row.channel == "back-end"]),
             *_features(tables),
             *_peers(),
+            *_front_ends(),
         ]
     )
 
@@ -307,6 +355,22 @@ def _peers() -> list[str]:
     return [*lines, *[f"- {peer}: `{test}`" for peer, test in PEERS.items()], ""]
 
 
+def _front_ends() -> list[str]:
+    lines = [
+        "## Front-ends of QEMU",
+        "",
+        "A device of ours does its work behind each of them. Where no Linux that a test boots in QEMU has a driver,",
+        "the driver is one of the tests, which has QEMU's registers and memory by its qtest protocol. QEMU 11.1 asks",
+        "for a shared object without its name (GET_SHARED_OBJECT), so that a look-up there is refused. In these tests:",
+        "",
+        *[f"- `{test}`" for test in DRIVERS],
+        "",
+        "| front-end | what was seen | drivers |",
+        "|---|---|---|",
+    ]
+    return [*lines, *[f"| {name} | {seen} | {drivers} |" for name, (seen, drivers) in FRONT_ENDS.items()], ""]
+
+
 def _cells(support: Support, names: set[str]) -> str:
     device = f"`{support.device}`" if support.device else "no"
     driver = f"`{support.driver}`" if support.driver else "no"
@@ -317,7 +381,7 @@ def named_tests() -> set[str]:
     """Every test that the page names."""
     all_support = [*SUPPORT.values(), *FEATURES.values()]
     named = {test for support in all_support for test in (support.device, support.driver) if test}
-    return named | set(PEERS.values()) | {EXTENSIONS + "memory_of_xen_is_refused_with_a_reason"}
+    return named | set(PEERS.values()) | set(DRIVERS) | {EXTENSIONS + "memory_of_xen_is_refused_with_a_reason"}
 
 
 if __name__ == "__main__":

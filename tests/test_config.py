@@ -207,6 +207,20 @@ def test_the_hook_of_a_field_gets_the_old_and_the_new_value(serve: Serve, connec
     ]
 
 
+def test_one_hook_may_be_told_of_several_fields(serve: Serve, connect: Connect) -> None:
+    writes: list[object] = []
+
+    class Watched(Dial, device_id=NO_TYPE):
+        @Dial.position.on_write
+        @Dial.label.on_write
+        def changed(self, old: object, new: object) -> None:
+            writes.append(new)
+
+    front = connect(serve(Watched()))
+    front.tell(Id.SET_CONFIG, config(4, b"\x02\0\0\0xyz"))
+    assert writes == [2, b"xyz\0"]
+
+
 def test_a_driver_is_told_of_what_a_hook_assigns(serve: Serve, connect: Connect, memory: Memory) -> None:
     class Clamped(Dial, device_id=NO_TYPE):
         @Dial.position.on_write

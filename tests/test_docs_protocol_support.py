@@ -17,6 +17,7 @@ import pytest
 
 import vhost_user as vu
 from devices.test_dpdk import HEADER, HELLO, PATIENCE, THEIRS, Net, ping, run_testpmd
+from devices.test_qemu_front_ends import FRONT_ENDS, drive
 from raw import wait_until
 from specimens import Serve
 from storage_daemon import storage_daemon
@@ -82,6 +83,30 @@ def test_a_guest_says_what_the_page_says_that_it_says(
         wait_until(lambda: "closed" in said, "the end of the connection")
     peer = {Uml: "UML", Qemu: "QEMU"}[kind]
     assert generator.SEEN[peer] - said == set()
+
+
+@pytest.mark.parametrize(
+    ("peer", "model"),
+    [
+        ("QEMU (input)", "vhost-user-input-pci"),
+        ("QEMU (network)", "virtio-net-pci"),
+        ("QEMU (crypto)", "virtio-crypto-pci"),
+        ("QEMU (GPU)", "vhost-user-gpu-pci"),
+        ("QEMU (windows)", "vhost-user-test-device-pci (windows)"),
+    ],
+)
+def test_a_front_end_of_qemu_says_what_the_page_says_that_it_says(
+    serve: Serve, tmp_path: Path, generator: ModuleType, peer: str, model: str
+) -> None:
+    device = FRONT_ENDS[model].device()
+    with traced(serve(device), tmp_path / "traced") as said:
+        drive(model, device, tmp_path / "traced", tmp_path)
+        wait_until(lambda: "closed" in said, "the end of the connection", PATIENCE)
+    assert generator.SEEN[peer] - said == set()
+
+
+def test_every_front_end_of_qemu_has_its_row_and_nothing_else_does(generator: ModuleType) -> None:
+    assert set(generator.FRONT_ENDS) == set(FRONT_ENDS)
 
 
 def test_our_front_end_says_it_to_a_disk_that_nobody_here_wrote(tmp_path: Path, generator: ModuleType) -> None:

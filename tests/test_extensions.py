@@ -50,6 +50,10 @@ class Crypto(extensions.CryptoSessions, device_id=vu.DeviceId.CRYPTO):
 
     dataq = vu.Queue()
 
+    @dataq.handler
+    def encrypt(self, request: vu.Request) -> None:
+        request.write(request.read()[::-1])
+
     def __init__(self) -> None:
         self.sessions: dict[int, extensions.SymmetricSession | extensions.AsymmetricSession] = {}
 
@@ -221,6 +225,21 @@ def test_a_session_is_where_the_specification_puts_it(serve: Serve, connect: Con
     answer = front.get(Id.CREATE_CRYPTO_SESSION, crypto_session(0x0404, info + b"rsa!"))
     assert answer[1064:] == struct.pack("=q", 1)
     assert device.sessions[1] == extensions.AsymmetricSession(algorithm=1, key=b"rsa!", rsa_hash=2)
+
+
+def test_the_ring_of_a_crypto_device_need_not_be_enabled(serve: Serve, connect: Connect, memory: raw.Memory) -> None:
+    front = connect(serve(Crypto()))
+    front.negotiate(raw.PROTOCOL_FEATURES, raw.REPLY_ACK | raw.CRYPTO_SESSION)
+    front.share(memory)
+    ring = raw.Ring(memory)
+    front.place(ring)
+    front.set_kick(ring)
+    assert front.exchange(ring, b"abc", 3) == b"cba"
+    front.enable(ring, False)
+    ring.add([b"def"], [3])
+    front.kick(ring)
+    with pytest.raises(AssertionError, match="not within"):
+        ring.wait(timeout=raw.QUIET)
 
 
 @pytest.mark.parametrize("operation", [2, 0x0404])

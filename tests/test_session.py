@@ -34,6 +34,7 @@ from raw import (
     REPLY_ACK,
     REQUEST,
     RESET_DEVICE,
+    RING_RESET,
     STATUS,
     VERSION_1,
     WRITE,
@@ -167,6 +168,7 @@ def test_a_device_feature_that_was_not_offered_is_refused_and_the_connection_goe
 
 def test_transport_features_that_front_ends_take_unasked_are_accepted(front: FrontEnd) -> None:
     front.tell(Id.SET_FEATURES, u64(INDIRECT_DESC | EVENT_IDX | VERSION_1 | PROTOCOL_FEATURES))
+    front.tell(Id.SET_FEATURES, u64(RING_RESET | VERSION_1 | PROTOCOL_FEATURES))
 
 
 # --- The states of a ring ---------------------------------------------------------------------------------------------

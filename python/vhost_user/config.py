@@ -84,8 +84,9 @@ class Field(Generic[T]):
         return self._decode(data)
 
     def on_write(self, method: Method) -> Method:
-        """Call `method(self, old, new)` when a driver has written to the field."""
-        method.__vhost_user_field__ = self  # type: ignore[attr-defined]
+        """Call `method(self, old, new)` when a driver has written to the field. One method may do for several."""
+        earlier = getattr(method, "__vhost_user_fields__", ())
+        method.__vhost_user_fields__ = (*earlier, self)  # type: ignore[attr-defined]
         return method
 
     def __repr__(self) -> str:

@@ -144,9 +144,7 @@ class Device:
         cls._batch_handlers = _batch_handlers(cls, members)
         cls._blocks = _unless_replaced(cls, _handlers(cls, members, "__vhost_user_blocks__", 1))
         cls._field_hooks = {
-            member.__vhost_user_field__.name: member.__name__
-            for member in members
-            if hasattr(member, "__vhost_user_field__")
+            field.name: member.__name__ for member in members for field in getattr(member, "__vhost_user_fields__", ())
         }
 
     # --- Serving ----------------------------------------------------------------------------------------------------

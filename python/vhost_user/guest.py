@@ -373,6 +373,8 @@ class Qemu(Guest):
         DISK: "vhost-user-blk-pci",
         3: "vhost-user-test-device-pci,virtio-id=3,num_vqs=2,config_size=12",
         4: "vhost-user-rng-pci",
+        8: "vhost-user-scsi-pci",
+        16: "vhost-user-gpu-pci",
         17: "vhost-user-rtc-pci",
         18: "vhost-user-input-pci",
         19: "vhost-user-vsock-pci",
@@ -381,6 +383,14 @@ class Qemu(Guest):
         34: "vhost-user-i2c-pci",
         41: "vhost-user-gpio-pci",
         45: "vhost-user-spi-pci",
+    }
+
+    # Those of which a half is QEMU's own: another option that makes the half that speaks vhost-user, the model, and the
+    # model's property that names that half. What a crypto device's driver may do with its rings, its back-end is not
+    # told: so it may do nothing of it.
+    HALVES: ClassVar = {
+        1: ("-netdev", "vhost-user", "virtio-net-pci", "netdev"),
+        20: ("-object", "cryptodev-vhost-user", "virtio-crypto-pci,event_idx=off,indirect_desc=off", "cryptodev"),
     }
 
     def __init__(
@@ -546,13 +556,20 @@ class Qemu(Guest):
             chardev += f",reconnect-ms={math.ceil(self.reconnect * 1000)}"
         else:
             _existing_socket(path)
-        model = self.MODELS.get(device_id, f"vhost-user-test-device-pci,virtio-id={int(device_id)}")
+        options = ["-chardev", chardev]
+        if device_id in self.HALVES:
+            option, half, model, attribute = self.HALVES[device_id]
+            options += [option, f"{half},id={name}-half,chardev={name}"]
+            back_end = f"{attribute}={name}-half"
+        else:
+            model = self.MODELS.get(device_id, f"vhost-user-test-device-pci,virtio-id={int(device_id)}")
+            back_end = f"chardev={name}"
         behind = ""
         if self.iommu:
             behind = "iommu_platform=on,ats=on"
             # A legacy driver of a disk would not know of it.
             model = model.replace("blk-pci", "blk-pci-non-transitional")
-        return ["-chardev", chardev, "-device", ",".join(filter(None, [model, f"chardev={name}", behind, properties]))]
+        return [*options, "-device", ",".join(filter(None, [model, back_end, behind, properties]))]
 
 
 def _execute(path: Path, command: str, arguments: dict[str, object]) -> Any:

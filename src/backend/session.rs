@@ -663,7 +663,9 @@ impl Session {
     }
 
     fn set_features(&mut self, features: VirtioFeatures, hooks: &mut dyn Hooks) -> Result<(), String> {
-        let unknown = features.without(self.profile.features());
+        // QEMU offers RING_RESET to its drivers by itself, and its vhost-user-gpu passes it on. Nothing is asked of a
+        // device by it: a ring that is reset is stopped, and set up again.
+        let unknown = features.without(self.profile.features()).without(VirtioFeatures::RING_RESET);
         if !unknown.is_empty() {
             return Err(format!("{unknown} was not offered"));
         }
@@ -679,9 +681,12 @@ impl Session {
         let options_of = |vring: &Vring| RingOptions { big_endian: may_be_big && vring.is_big_endian(), ..options };
         self.vrings.iter().try_for_each(|vring| vring.check_options(options_of(vring)))?;
         self.set_iommu(features.contains(VirtioFeatures::ACCESS_PLATFORM))?;
+        // QEMU's cryptodev-vhost-user never enables the rings of a crypto device.
+        let begins_enabled = !features.contains(VirtioFeatures::PROTOCOL_FEATURES)
+            || self.protocol_features.contains(ProtocolFeatures::CRYPTO_SESSION);
         for vring in self.vrings.iter() {
             vring.set_options(options_of(vring));
-            if !features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
+            if begins_enabled {
                 vring.set_enabled(true);
             }
         }

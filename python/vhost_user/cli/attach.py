@@ -17,6 +17,7 @@ MODELS = {
     DeviceId.BLOCK: "vhost-user-blk-pci",
     DeviceId.RNG: "vhost-user-rng-pci",
     DeviceId.SCSI: "vhost-user-scsi-pci",
+    DeviceId.GPU: "vhost-user-gpu-pci",
     DeviceId.RTC: "vhost-user-rtc-pci",
     DeviceId.INPUT: "vhost-user-input-pci",
     DeviceId.VSOCK: "vhost-user-vsock-pci",
@@ -61,6 +62,10 @@ def qemu(device: Device, path: Path, *, server: bool = False) -> str:
     socket = f"socket,id={chardev},path={_absolute(path).replace(',', ',,')}" + (",server=on" * server)
     if device.device_id == DeviceId.NET:
         model = ["-netdev", f"vhost-user,id=net0,chardev={chardev}", "-device", "virtio-net-pci,netdev=net0"]
+    elif device.device_id == DeviceId.CRYPTO:
+        half = f"cryptodev-vhost-user,id=crypto0,chardev={chardev}"
+        # It would not tell the device what its driver does with the ring.
+        model = ["-object", half, "-device", "virtio-crypto-pci,cryptodev=crypto0,event_idx=off,indirect_desc=off"]
     else:
         model = ["-device", f"{_model(device)},chardev={chardev}"]
     return shlex.join([*MEMORY, "-chardev", socket, *model])

@@ -108,6 +108,11 @@ class AsymmetricSession:
 class CryptoSessions(Device, offers=ProtocolFeature.CRYPTO_SESSION):
     """A crypto device, whose front-end has taken the control queue over.
 
+    QEMU's ``cryptodev-vhost-user`` is such a front-end. It never enables the ring of the data queue, which begins
+    enabled, therefore, when CRYPTO_SESSION was negotiated. And it does not tell the device which features of rings its
+    driver uses: switch them off there (``-device virtio-crypto-pci,event_idx=off,indirect_desc=off,...``), as
+    :class:`vhost_user.guest.Qemu` does.
+
     vhost-user specification, VHOST_USER_CREATE_CRYPTO_SESSION.
     """
 
