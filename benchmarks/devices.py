@@ -95,6 +95,18 @@ class Digest(vu.Device, device_id=0x1000):
         request.write(hashlib.sha256(request.read()).digest())
 
 
+class Checksum(Digest):
+    """The same queues, and work that is Python all the way."""
+
+    @Digest.requestqs.handler
+    def handle(self, request: vu.Request) -> None:
+        low, high = 1, 0
+        for byte in request.read():
+            low = (low + byte) % 65521
+            high = (high + low) % 65521
+        request.write(struct.pack("<HH", low, high))
+
+
 class Sink(vu.Device, device_id=vu.DeviceId.NET):
     """Takes packets, as many at once as there are."""
 
@@ -132,6 +144,7 @@ DEVICES: dict[str, Callable[..., vu.Device]] = {
     "polling-null": lambda: PollingNull(1 << 30),
     "sleeping-null": lambda: SleepingNull(1 << 30),
     "digest": lambda workers: Digest(int(workers)),
+    "checksum": lambda workers: Checksum(int(workers)),
     "sink": Sink,
     "source": lambda batch: Source(int(batch)),
 }

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -438,11 +439,20 @@ def workers(opponents: Opponents) -> Iterator[Row]:
     """The device gets every processor, and the load, which has little to do, one of them."""
     if len(CORES) < 2:
         raise Missing("two workers need two processors")
-    every = ",".join(map(str, CORES))
-    servers = [opponents.ours("digest", str(count), core=every) for count in (1, 2)]
-    one, two = take_turns(servers, bench.Chain(readable=(1 << 18,), writable=(32,)), depth=4, queues=2)
+
+    def speedup(device: str, chain: bench.Chain) -> list[float]:
+        every = ",".join(map(str, CORES))
+        servers = [opponents.ours(device, str(count), core=every) for count in (1, 2)]
+        one, two = take_turns(servers, chain, depth=4, queues=2)
+        return ratio(iops(two), iops(one))
+
     name = "two queues on two workers / on one, a handler that lets go of the interpreter"
-    yield Row("workers", name, "x", ratio(iops(two), iops(one)), 1.7)
+    yield Row("workers", name, "x", speedup("digest", bench.Chain(readable=(1 << 18,), writable=(32,))), 1.7)
+    name = "two queues on two workers / on one, a handler that is Python all the way"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        yield Row("workers", name, "x", speedup("checksum", bench.Chain(readable=(1 << 12,), writable=(4,))), 1.7)
+    else:
+        yield Row("workers", name, "x", missing="it takes a free-threaded Python: make PYTHON=python3.14t bench")
 
 
 def start(opponents: Opponents) -> Iterator[Row]:
