@@ -6,6 +6,7 @@ import contextlib
 import enum
 import fnmatch
 import os
+import select
 import shlex
 import signal
 import struct
@@ -432,6 +433,17 @@ class Case:
             return "closed"
         except Silent:
             raise Failed("the back-end neither answers nor closes the connection", "a refusal in time") from None
+
+    def is_closed(self, wire: Wire, send: Callable[[list[int]], object]) -> bool:
+        """Whether a descriptor that `send` sends is closed in the back-end when the connection has ended."""
+        reading, writing = os.pipe()
+        with open(reading, "rb", buffering=0) as ends:
+            try:
+                send([writing])
+            finally:
+                os.close(writing)
+                wire.close()
+            return bool(select.select([ends], [], [], min(self.timeout, 10 * QUIET))[0])
 
     def must_refuse(
         self, wire: Wire, why: str, request: str, payload: bytes = b"", descriptors: Sequence[int] = ()
