@@ -108,6 +108,19 @@ def test_unpack_reads_a_structure(driver: Driver) -> None:
     request.complete()
 
 
+def test_what_was_unpacked_stays_as_it_is_when_more_is_unpacked(driver: Driver) -> None:
+    form = struct.Struct("<B2s")
+    request, _ = driver.send([b"\1ab\2cd\3ef\4gh\5ij"], [])
+    first = request.unpack(form)
+    places = {first: 1}
+    second, third = request.unpack(form), request.unpack(form)
+    assert (first, second, third) == ((1, b"ab"), (2, b"cd"), (3, b"ef"))
+    assert hash(request.unpack(form)) == hash((4, b"gh"))
+    assert hash(request.unpack(form)) == hash((5, b"ij"))
+    assert places == {(1, b"ab"): 1}
+    request.complete()
+
+
 def test_what_is_not_there_cannot_be_unpacked_or_skipped(driver: Driver) -> None:
     request, _ = driver.send([b"abc"], [])
     with pytest.raises(vu.RequestUnderflow, match="queue 0: 4 bytes are needed, 3 are left to read"):
@@ -427,6 +440,30 @@ def test_many_threads_complete_requests_at_once(driver: Driver) -> None:
     lengths = dict(driver.ring.wait(32))
     assert [chain.written(lengths[chain.head]) for chain in chains] == [b"%02d" % number * 2 for number in range(32)]
     assert calls.came()
+
+
+def test_two_threads_take_each_piece_of_a_request_once(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    size = 256 << 10
+    pieces = [bytes([index]) * size for index in range(64)]
+    device = Hold()
+    front = connect(serve(device))
+    memory = front.own(Memory(32 << 20))
+    request, _ = Driver(device, front, start(front, memory)).send([b"".join(pieces)], [])
+    path = tmp_path / "file"
+
+    def work() -> None:
+        with path.open("wb") as file:
+            for index in range(32):
+                assert request.copy_to_file(file, size * index, size) == size
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    taken = [request.read(size) for _ in range(32)]
+    worker.join()
+    written = path.read_bytes()
+    taken += [written[at : at + size] for at in range(0, len(written), size)]
+    assert sorted(taken) == pieces
+    request.complete()
 
 
 def test_of_two_threads_that_complete_a_request_one_is_told(driver: Driver) -> None:

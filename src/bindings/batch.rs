@@ -12,6 +12,7 @@ use pyo3::types::{PyList, PyType};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 
 use super::disk::Blocks;
+use super::has_lock;
 use super::request::Request;
 use crate::backend::{Lead, Run, Show, TOGETHER, Taken, Turnaround, Vring};
 use crate::virtqueue::{Chain, Used};
@@ -317,9 +318,8 @@ impl Workspace {
             return self.finish(py, &request);
         }
         // SAFETY: it is ours alone.
-        if let Some((used, chain)) = unsafe { request.get().finish_alone() } {
+        if let Some(used) = unsafe { request.get().finish_alone(&mut self.spare) } {
             self.used.push(used);
-            self.spare.push(chain);
             self.requests.push(request);
             return;
         }
@@ -424,15 +424,4 @@ fn vectorcall() -> Option<Vectorcall> {
 fn is_ours_alone(py: Python<'_>, request: &Py<Request>) -> bool {
     // SAFETY: the object is alive: we have a reference to it.
     has_lock(py) && unsafe { ffi::Py_REFCNT(request.as_ptr()) } == 1
-}
-
-/// Whether the interpreter has its lock. Once it has it, it keeps it.
-fn has_lock(py: Python<'_>) -> bool {
-    static HAS_LOCK: PyOnceLock<bool> = PyOnceLock::new();
-    *HAS_LOCK.get_or_init(py, || {
-        let sys = py.import("sys");
-        let asked =
-            sys.and_then(|sys| sys.getattr_opt("_is_gil_enabled")?.map_or(Ok(true), |ask| ask.call0()?.extract()));
-        asked.unwrap_or(false)
-    })
 }

@@ -6,8 +6,11 @@
 use std::cell::Cell;
 
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyBytes, PyString, PyTuple};
 use pyo3::{IntoPyObjectExt, ffi, intern};
+
+use super::has_lock;
 
 /// Larger layouts, of which there are few, go to the `struct` module.
 const MAX_SIZE: usize = 64;
@@ -21,6 +24,9 @@ pub(super) struct Layout {
     fields: Option<Box<[Field]>>,
     /// The `struct.Struct`.
     structure: Py<PyAny>,
+    /// The last values. If nobody has them any more, the next ones are put in their place: most handlers unpack a tuple into
+    /// variables at once.
+    last: Cell<Option<Py<PyTuple>>>,
 }
 
 /// A value, and how many bytes from the start of the layout it is.
@@ -65,7 +71,8 @@ impl Layout {
         let text = structure.getattr(intern!(py, "format"))?;
         let fields = text.cast::<PyString>().ok().and_then(|text| fields(text.to_str().ok()?));
         let fields = fields.filter(|(_, end)| *end == size && size <= MAX_SIZE).map(|(fields, _)| fields.into());
-        Ok(Self { format: format.clone().unbind(), size, fields, structure: structure.unbind() })
+        let (format, structure) = (format.clone().unbind(), structure.unbind());
+        Ok(Self { format, size, fields, structure, last: Cell::new(None) })
     }
 
     /// Bytes.
@@ -73,8 +80,13 @@ impl Layout {
         self.size
     }
 
-    /// The values of bytes that `fill` provides.
-    pub(super) fn read<'py>(&self, py: Python<'py>, fill: impl FnOnce(&mut [u8])) -> PyResult<Bound<'py, PyTuple>> {
+    /// The values of bytes that `fill` provides; in the last tuple again, if that is `expendable` and nobody has it.
+    pub(super) fn read<'py>(
+        &self,
+        py: Python<'py>,
+        expendable: bool,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> PyResult<Bound<'py, PyTuple>> {
         let Some(fields) = &self.fields else {
             let bytes = PyBytes::new_with(py, self.size, |bytes| {
                 fill(bytes);
@@ -85,16 +97,37 @@ impl Layout {
         };
         let mut space = Space([0; MAX_SIZE + WORD]);
         fill(&mut space.0[..self.size]);
-        // SAFETY: a tuple of some length, or null with an exception set.
-        let values = unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyTuple_New(fields.len() as ffi::Py_ssize_t))? };
+        let last = if expendable { self.last.take().filter(|last| may_be_replaced(py, last)) } else { None };
+        let values = match last {
+            Some(last) => last.into_bound(py),
+            // SAFETY: a tuple of some length, or null with an exception set.
+            None => unsafe {
+                let new = ffi::PyTuple_New(fields.len() as ffi::Py_ssize_t);
+                Bound::from_owned_ptr_or_err(py, new)?.cast_into_unchecked()
+            },
+        };
         for (at, field) in (0..).zip(fields) {
             let value = field.value(py, &space)?;
-            // SAFETY: the tuple is new, nobody else has it, and it has a place for each field. The value is given away.
-            unsafe { ffi::PyTuple_SetItem(values.as_ptr(), at, value.into_ptr()) };
+            // SAFETY: nobody else has the tuple, which has a place for each field. The value is given away, and what was
+            // in its place is a number, a bool or bytes: that it goes runs no other code.
+            if unsafe { ffi::PyTuple_SetItem(values.as_ptr(), at, value.into_ptr()) } != 0 {
+                return Err(PyErr::fetch(py));
+            }
         }
-        // SAFETY: it was made as a tuple.
-        Ok(unsafe { values.cast_into_unchecked() })
+        if expendable {
+            self.last.set(Some(values.clone().unbind()));
+        }
+        Ok(values)
     }
+}
+
+/// Whether nobody else has `values`, and nobody can tell them from new ones. From Python 3.14 on a tuple keeps its hash.
+fn may_be_replaced(py: Python<'_>, values: &Py<PyTuple>) -> bool {
+    static KEEPS_HASH: PyOnceLock<bool> = PyOnceLock::new();
+    // SAFETY: the tuple is alive: we have a reference to it. With the interpreter's lock the count is as it is.
+    has_lock(py)
+        && !KEEPS_HASH.get_or_init(py, || py.version_info() >= (3, 14))
+        && unsafe { ffi::Py_REFCNT(values.as_ptr()) } == 1
 }
 
 impl Field {

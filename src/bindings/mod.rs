@@ -33,6 +33,21 @@ pub use load::{Load, LoadResult};
 pub use request::Request;
 pub use together::{read_each, unpack_each, write_each, write_tail_each};
 
+/// Whether the interpreter has a lock, so that only one thread at a time runs what has a [`pyo3::Python`].
+///
+/// The free-threaded build has none, not even when it says that it does: it takes one while it imports an extension
+/// module, say, and lets go of it again.
+#[inline]
+fn has_lock(py: pyo3::Python<'_>) -> bool {
+    use pyo3::types::PyAnyMethods;
+
+    static HAS_LOCK: pyo3::sync::PyOnceLock<bool> = pyo3::sync::PyOnceLock::new();
+    *HAS_LOCK.get_or_init(py, || {
+        let flags = py.import("sys").and_then(|sys| sys.getattr("abiflags")?.extract::<String>());
+        flags.is_ok_and(|flags| !flags.contains('t'))
+    })
+}
+
 /// Send the core's log records to Python's `logging`, below the logger "vhost_user". A session begins with it: nothing
 /// is logged before there is one, and `logging` takes longer to import than the core.
 fn connect_logging(py: pyo3::Python<'_>) -> pyo3::PyResult<()> {

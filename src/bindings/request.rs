@@ -79,19 +79,21 @@ impl Request {
         state.chain = chain;
     }
 
-    /// The handler returned, and nobody has the request: as [`finish`](Self::finish), and it can be made into the next one
-    /// of its batch, if nothing of it is lent.
+    /// The handler returned, and nobody has the request: as [`finish`](Self::finish), with the chain going to `spare`, and
+    /// it can be made into the next one of its batch, if nothing of it is lent.
     ///
     /// # Safety
     /// Nobody else has the request.
-    pub(super) unsafe fn finish_alone(&self) -> Option<(Used, Chain)> {
+    #[inline]
+    pub(super) unsafe fn finish_alone(&self, spare: &mut Vec<Chain>) -> Option<Used> {
         // SAFETY: as the caller vouches.
         let state = unsafe { self.state.alone() };
         if state.phase != Phase::Handled || !state.lent.is_empty() {
             return None;
         }
         state.phase = Phase::Completed;
-        Some((state.used(), std::mem::take(&mut state.chain)))
+        spare.push(state.chain.take());
+        Some(state.used())
     }
 
     /// Whether the request is completed. If it is, it keeps no memory from here on.
@@ -115,7 +117,7 @@ impl Request {
             return None;
         }
         let (used, lent, _run) = state.complete();
-        let chain = std::mem::take(&mut state.chain);
+        let chain = state.chain.take();
         drop(state);
         if !lent.is_empty() {
             report_lent(py, &lent, self.vring.index());
@@ -129,47 +131,29 @@ impl Request {
     }
 
     /// Wait for the state without the interpreter: whoever has it may be waiting for that.
-    #[inline]
+    #[inline(always)]
     fn lock(&self, py: Python<'_>) -> Reserved<'_, State> {
-        self.state.try_reserve().unwrap_or_else(|| py.detach(|| self.state.reserve()))
-    }
-
-    /// The state on a thread that has let go of the interpreter. An error if another thread has completed the request
-    /// meanwhile: its memory may be gone.
-    pub(super) fn open_detached(&self) -> Result<Reserved<'_, State>, Interrupted> {
-        let state = self.state.reserve();
-        if state.phase == Phase::Completed { Err(Interrupted::Completed) } else { Ok(state) }
-    }
-
-    fn interrupted(&self, py: Python<'_>, doing: &str, reason: Interrupted) -> PyErr {
-        match reason {
-            Interrupted::Completed => self.was_completed(py),
-            Interrupted::Failed(errno) => PyOSError::new_err((errno.raw_os_error(), format!("{doing}: {errno}"))),
-        }
-    }
-
-    #[cold]
-    fn was_completed(&self, py: Python<'_>) -> PyErr {
-        let index = self.vring.index();
-        errors::request_completed(py, format!("queue {index}: the request was already completed"))
+        self.state.try_reserve(py).unwrap_or_else(|| self.state.reserve(py))
     }
 
     /// The state, if the request can still be worked on.
-    #[inline]
+    #[inline(always)]
     fn open(&self, py: Python<'_>) -> PyResult<Reserved<'_, State>> {
         let state = self.lock(py);
-        if state.is_current(&self.vring) {
-            return Ok(state);
-        }
-        let is_completed = state.phase == Phase::Completed;
-        drop(state);
-        Err(if is_completed { self.was_completed(py) } else { self.was_revoked(py) })
+        if state.is_current(&self.vring) { Ok(state) } else { Err(self.is_over(py, state)) }
     }
 
     #[cold]
-    fn was_revoked(&self, py: Python<'_>) -> PyErr {
+    #[inline(never)]
+    fn is_over(&self, py: Python<'_>, state: Reserved<'_, State>) -> PyErr {
+        let is_completed = state.phase == Phase::Completed;
+        drop(state);
         let index = self.vring.index();
-        errors::request_revoked(py, format!("queue {index}: the driver that made the request is gone; drop it"))
+        if is_completed {
+            errors::request_completed(py, format!("queue {index}: the request was already completed"))
+        } else {
+            errors::request_revoked(py, format!("queue {index}: the driver that made the request is gone; drop it"))
+        }
     }
 
     fn complete_now(&self, py: Python<'_>, state: Reserved<'_, State>) {
@@ -206,7 +190,13 @@ impl Request {
         overflow(py, self.vring.index(), wanted, left)
     }
 
-    pub(super) fn unpack_layout<'py>(&self, py: Python<'py>, layout: &Layout) -> PyResult<Bound<'py, PyTuple>> {
+    /// The values of `layout`; in the last tuple again, if that is `expendable` and nobody has it.
+    pub(super) fn unpack_layout<'py>(
+        &self,
+        py: Python<'py>,
+        layout: &Layout,
+        expendable: bool,
+    ) -> PyResult<Bound<'py, PyTuple>> {
         let size = layout.size();
         let mut state = self.open(py)?;
         let left = state.chain.readable() - state.read;
@@ -214,7 +204,7 @@ impl Request {
             drop(state);
             return Err(self.underflow(py, size, left));
         }
-        layout.read(py, |bytes| {
+        layout.read(py, expendable, |bytes| {
             // SAFETY: `state.run` keeps the snapshot of the chain.
             unsafe { state.chain.read(state.read, bytes) };
             state.read += size as u64;
@@ -275,7 +265,7 @@ impl Request {
     }
 
     pub(super) fn unpack<'py>(&self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
-        Layout::with(format, |layout| self.unpack_layout(py, layout))
+        Layout::with(format, |layout| self.unpack_layout(py, layout, true))
     }
 }
 
@@ -385,22 +375,19 @@ impl Request {
                 return Ok(count);
             }
         }
-        drop(state);
-        let transfer = || {
-            let mut state = self.open_detached()?;
-            let count = count.min(state.chain.writable() - state.written);
+        let transfer = move || {
             let segments = state.chain.writable_segments();
-            // SAFETY: `state.run` keeps the snapshot of the chain, and is there as long as we have the lock.
+            // SAFETY: `state.run` keeps the snapshot of the chain, and is there as long as we have the state.
             let done = unsafe { transfer::from_file(segments, state.written, count, file.borrow(), offset) }?;
             state.written += done;
             Ok(done)
         };
-        py.detach(transfer).map_err(|reason| self.interrupted(py, "reading a file into a request", reason))
+        py.detach(transfer).map_err(|errno| failed("reading a file into a request", errno))
     }
 
     #[pyo3(signature = (file, offset, count = None))]
     fn copy_to_file(&self, py: Python<'_>, file: FileDescriptor, offset: u64, count: Option<u64>) -> PyResult<u64> {
-        let state = self.open(py)?;
+        let mut state = self.open(py)?;
         let left = state.chain.readable() - state.read;
         let count = count.unwrap_or(left);
         if count > left {
@@ -410,17 +397,14 @@ impl Request {
                 format!("queue {index}: {count} bytes are needed, {left} are left"),
             ));
         }
-        drop(state);
-        let transfer = || {
-            let mut state = self.open_detached()?;
-            let count = count.min(state.chain.readable() - state.read);
+        let transfer = move || {
             let segments = state.chain.readable_segments();
             // SAFETY: as in `copy_from_file`.
             let done = unsafe { transfer::to_file(segments, state.read, count, file.borrow(), offset) }?;
             state.read += done;
             Ok(done)
         };
-        py.detach(transfer).map_err(|reason| self.interrupted(py, "writing a request to a file", reason))
+        py.detach(transfer).map_err(|errno| failed("writing a request to a file", errno))
     }
 
     /// Keep the request after the handler returns: complete it later, from any thread.
@@ -544,15 +528,8 @@ impl State {
 }
 
 /// Why a transfer between a file and a request did not take place.
-pub(super) enum Interrupted {
-    Completed,
-    Failed(Errno),
-}
-
-impl From<Errno> for Interrupted {
-    fn from(errno: Errno) -> Self {
-        Self::Failed(errno)
-    }
+fn failed(doing: &str, errno: Errno) -> PyErr {
+    PyOSError::new_err((errno.raw_os_error(), format!("{doing}: {errno}")))
 }
 
 /// A descriptor, or something with a fileno().

@@ -7,20 +7,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use pyo3::Python;
+
+use super::has_lock;
+
 /// How long to sleep until a thread that has the value for long, because it moves file data, may be done.
 const NAP: Duration = Duration::from_micros(50);
 
 /// Looks before the first nap.
 const LOOKS: u32 = 100;
 
-/// A value that one thread at a time may use. To take it is one atomic exchange, and to let go of it is a store: half of
-/// what a `Mutex` costs, for which those who wait have to look again and again.
+/// A value that one thread at a time may use. Only a thread that has the interpreter can take it, and may let go of the
+/// interpreter then. Where the interpreter has a lock, to take it is a look and a store; else it is an atomic exchange. To
+/// let go of it is a store: those who wait have to look again and again.
 pub(super) struct Reservation<T> {
     taken: AtomicBool,
     value: UnsafeCell<T>,
 }
 
-// SAFETY: only the thread that has set `taken` uses the value; Acquire and Release order what they do with it.
+// SAFETY: only the thread that has set `taken` uses the value; Acquire and Release order what they do with it. No two
+// threads set it at once: see `try_reserve`.
 unsafe impl<T: Send> Sync for Reservation<T> {}
 
 impl<T> Reservation<T> {
@@ -29,22 +35,36 @@ impl<T> Reservation<T> {
     }
 
     /// The value, unless another thread has it.
-    #[inline]
-    pub(super) fn try_reserve(&self) -> Option<Reserved<'_, T>> {
-        if self.taken.swap(true, Ordering::Acquire) { None } else { Some(Reserved { of: self }) }
+    #[inline(always)]
+    pub(super) fn try_reserve(&self, py: Python<'_>) -> Option<Reserved<'_, T>> {
+        let is_taken = if has_lock(py) {
+            // Nobody else sets it between the look and the store: who has the interpreter's lock is here, alone.
+            let is_taken = self.taken.load(Ordering::Acquire);
+            if !is_taken {
+                self.taken.store(true, Ordering::Relaxed);
+            }
+            is_taken
+        } else {
+            self.taken.swap(true, Ordering::Acquire)
+        };
+        if is_taken { None } else { Some(Reserved { of: self }) }
     }
 
-    /// The value, when no other thread has it. Not to be waited for with the interpreter.
-    pub(super) fn reserve(&self) -> Reserved<'_, T> {
-        let mut looks = 0;
+    /// The value, when no other thread has it. It is waited for without the interpreter, for which whoever has the value
+    /// may be waiting.
+    #[cold]
+    pub(super) fn reserve(&self, py: Python<'_>) -> Reserved<'_, T> {
+        let (taken, mut looks) = (&self.taken, 0);
         loop {
-            if let Some(reserved) = self.try_reserve() {
+            if let Some(reserved) = self.try_reserve(py) {
                 return reserved;
             }
-            while self.taken.load(Ordering::Relaxed) {
-                looks += 1;
-                if looks < LOOKS { std::hint::spin_loop() } else { thread::sleep(NAP) }
-            }
+            py.detach(|| {
+                while taken.load(Ordering::Relaxed) {
+                    looks += 1;
+                    if looks < LOOKS { std::hint::spin_loop() } else { thread::sleep(NAP) }
+                }
+            });
         }
     }
 
@@ -64,12 +84,10 @@ impl<T> Reservation<T> {
     }
 }
 
-impl<T: Debug> Debug for Reservation<T> {
+impl<T> Debug for Reservation<T> {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
-        match self.try_reserve() {
-            Some(value) => value.fmt(formatter),
-            None => formatter.write_str("<reserved>"),
-        }
+        let text = if self.taken.load(Ordering::Relaxed) { "<reserved>" } else { "<free>" };
+        formatter.write_str(text)
     }
 }
 

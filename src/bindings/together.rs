@@ -11,11 +11,8 @@ use super::request::{Request, Source};
 #[pyfunction]
 pub fn read_each<'py>(requests: &Bound<'py, PyList>, size: i64) -> PyResult<Bound<'py, PyList>> {
     let py = requests.py();
-    let list = PyList::empty(py);
-    for request in requests {
-        list.append(request.cast::<Request>()?.get().read(py, size)?)?;
-    }
-    Ok(list)
+    let read = requests.iter().map(|request| request.cast::<Request>()?.get().read(py, size));
+    PyList::new(py, read.collect::<PyResult<Vec<_>>>()?)
 }
 
 /// As `Request.unpack`, of each of `requests`.
@@ -23,11 +20,8 @@ pub fn read_each<'py>(requests: &Bound<'py, PyList>, size: i64) -> PyResult<Boun
 pub fn unpack_each<'py>(requests: &Bound<'py, PyList>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
     let py = requests.py();
     Layout::with(format, |layout| {
-        let list = PyList::empty(py);
-        for request in requests {
-            list.append(request.cast::<Request>()?.get().unpack_layout(py, layout)?)?;
-        }
-        Ok(list)
+        let values = requests.iter().map(|request| request.cast::<Request>()?.get().unpack_layout(py, layout, false));
+        PyList::new(py, values.collect::<PyResult<Vec<_>>>()?)
     })
 }
 

@@ -155,6 +155,16 @@ impl Chain {
         self.head = head;
     }
 
+    /// The chain, and an empty one in its place: what an empty one has no use for is not written.
+    #[must_use]
+    #[inline]
+    pub fn take(&mut self) -> Self {
+        let taken = Self { more: self.more.take(), ..*self };
+        (self.count, self.readable_segments) = (0, 0);
+        (self.readable, self.writable) = (0, 0);
+        taken
+    }
+
     #[cold]
     #[inline(never)]
     fn push_more(&mut self, segment: Segment) {
