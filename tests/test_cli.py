@@ -38,7 +38,7 @@ DEVICES = """
     from __future__ import annotations
     import dataclasses, enum, os, time
     from pathlib import Path
-    import vhost_user as vu
+    import vhost_user as vu, vhost_user.extensions
 
     class Colour(enum.Enum):
         RED = 1
@@ -61,6 +61,12 @@ DEVICES = """
 
         def __init__(self, file: Path, *, size: int = 4096, read_only: bool = False, colour: Colour = Colour.RED):
             print(file, size, read_only, colour.name, flush=True)
+
+    class Cipher(vu.extensions.CryptoSessions, device_id=vu.DeviceId.CRYPTO):
+        dataq = vu.Queue()
+
+        def on_buffers(self, queue):
+            pass
 
     class Strange(Rng, device_id=200):
         pass
@@ -564,6 +570,7 @@ def test_the_instructions_are_what_to_paste(start: Start, sock: Path) -> None:
         ["blk", "--memory", "1M", "--num-queues", "2"],
         ["i2c", "vhost_user.devices:Tmp102"],
         ["console", "--console-socket", "tty.sock"],
+        ["run", "devices:Cipher"],
     ],
 )
 def test_qemu_takes_what_is_to_be_pasted(start: Start, folder: Path, arguments: list[str]) -> None:
