@@ -1,7 +1,6 @@
 //! One epoll loop: descriptors, timers, and waking it from another thread.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
@@ -90,8 +89,11 @@ impl Wakeup {
 #[derive(Debug, Default)]
 struct Timers {
     next_id: u64,
-    due: BinaryHeap<Reverse<(Instant, u64)>>,
-    cancelled: HashSet<u64>,
+    /// The same timers in order, and by identity.
+    due: BTreeSet<(Instant, u64)>,
+    at: HashMap<u64, Instant>,
+    /// When the descriptor expires: with the first of them, or before it if one was cancelled.
+    armed: Option<Instant>,
 }
 
 /// The loop itself. Every method but [`wait`](Self::wait) may be called from any thread.
@@ -161,9 +163,10 @@ impl EventLoop {
         let mut timers = self.timers();
         let id = timers.next_id;
         timers.next_id += 1;
-        let is_first = timers.due.peek().is_none_or(|Reverse((first, _))| at < *first);
-        timers.due.push(Reverse((at, id)));
-        if is_first {
+        timers.due.insert((at, id));
+        timers.at.insert(id, at);
+        if timers.armed.is_none_or(|armed| at < armed) {
+            timers.armed = Some(at);
             self.arm(at);
         }
         id
@@ -171,8 +174,8 @@ impl EventLoop {
 
     pub fn cancel_timer(&self, id: u64) {
         let mut timers = self.timers();
-        if timers.due.iter().any(|Reverse((_, other))| *other == id) {
-            timers.cancelled.insert(id);
+        if let Some(at) = timers.at.remove(&id) {
+            timers.due.remove(&(at, id));
         }
     }
 
@@ -208,16 +211,16 @@ impl EventLoop {
 
     fn collect_timers(&self, events: &mut Vec<Event>) {
         let mut timers = self.timers();
-        while let Some(Reverse((at, id))) = timers.due.peek().copied() {
-            if timers.cancelled.remove(&id) {
-                timers.due.pop();
-            } else if at <= Instant::now() {
-                timers.due.pop();
-                events.push(Event::Timer(id));
-            } else {
+        timers.armed = None;
+        while let Some((at, id)) = timers.due.first().copied() {
+            if at > Instant::now() {
+                timers.armed = Some(at);
                 self.arm(at);
                 break;
             }
+            timers.due.pop_first();
+            timers.at.remove(&id);
+            events.push(Event::Timer(id));
         }
     }
 
@@ -244,5 +247,35 @@ impl AsFd for EventLoop {
     /// Readable while something has happened: one loop can wait for another.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wait(events: &EventLoop) -> Vec<Event> {
+        let mut happened = Vec::new();
+        while happened.is_empty() {
+            events.wait(Some(Duration::from_secs(5)), &mut happened).unwrap();
+        }
+        happened
+    }
+
+    #[test]
+    fn timers_are_told_of_in_their_order_and_those_that_were_cancelled_leave_nothing() {
+        let events = EventLoop::new().unwrap();
+        let now = Instant::now();
+        let later = events.add_timer(now + Duration::from_millis(20));
+        let first = events.add_timer(now + Duration::from_millis(10));
+        for _ in 0..1000 {
+            events.cancel_timer(events.add_timer(now + Duration::from_secs(3600)));
+            events.cancel_timer(events.add_timer(now));
+        }
+        assert_eq!(events.timers().due.len(), 2);
+        let happened: Vec<_> = std::iter::repeat_with(|| wait(&events)).flatten().take(2).collect();
+        assert_eq!(happened, [Event::Timer(first), Event::Timer(later)]);
+        events.cancel_timer(first);
+        assert!(events.timers().due.is_empty() && events.timers().at.is_empty());
     }
 }
