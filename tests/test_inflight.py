@@ -320,6 +320,22 @@ def test_a_ring_is_suspended_at_once_and_takes_up_what_it_had_begun(
     assert [head for head, _ in ring.wait(2)] == heads
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_only_requests_that_nobody_will_find_again_are_complained_of(
+    front: FrontEnd, hold: Hold, memory: Memory, caplog: pytest.LogCaptureFixture, is_recorded: bool
+) -> None:
+    if is_recorded:
+        new_record(front)
+    ring = Ring(memory)
+    front.start(ring)
+    submit(front, ring, 1)
+    request = hold.next()
+    # As QEMU begins to stop a ring.
+    assert front.ask(Id.SET_VRING_ENABLE, vring_state(0, 0)) == 0
+    assert ("complete what you hold" in caplog.text) is not is_recorded
+    request.complete()
+
+
 @pytest.mark.parametrize("can_choose", [False, True])
 def test_whoever_takes_up_requests_and_cannot_choose_when_never_waits_for_them(
     serve: Serve, connect: Connect, hold: Hold, memory: Memory, can_choose: bool

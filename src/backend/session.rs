@@ -329,6 +329,8 @@ impl Session {
                     "queue {queue}: the driver took the I/O addresses {range} away while the device held {held} requests, \
                      at least one of which is there; what is written to it now may be in other use"
                 );
+            } else if self.vring(queue).is_recorded() && !matches!(waiting.then, Then::Reset { .. }) {
+                log::info!("queue {queue}: {held} requests stay in the front-end's record of what is in flight");
             } else {
                 log::warn!(
                     "queue {queue}: the driver took it away while the device held {held} requests; complete what you \
