@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rings = parser.add_argument_group("what is offered to the driver")
     rings.add_argument("--packed-rings", action="store_true", help="packed rings, which User-Mode Linux takes unasked")
     rings.add_argument("--in-order", action="store_true", help="requests are completed in the order of the driver")
+    rings.add_argument("--iommu", action="store_true", help="a place behind an IOMMU, which User-Mode Linux has not")
     parser.add_argument("--print-capabilities", action="store_true", help="print the type of device as JSON and exit")
 
 
@@ -66,6 +67,7 @@ def serve(make: Callable[[], Device], arguments: argparse.Namespace) -> int:
         device = make()
         device.packed_rings |= arguments.packed_rings
         device.in_order |= arguments.in_order
+        device.iommu |= arguments.iommu
         # The device has a thread of its own, so that signals are looked at whatever a handler is doing.
         server = device.start(path, fd=fd, connect=connect, once=arguments.once, mode=arguments.mode)
         try:
