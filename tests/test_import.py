@@ -12,7 +12,7 @@ import vhost_user as vu
 pytestmark = pytest.mark.timeout(30)
 
 #: What is imported anyway, with whatever that needs in this version of Python.
-NEEDED = "contextlib, enum, struct, threading, typing"
+NEEDED = "contextlib, enum, struct, threading, typing" + (", annotationlib" if sys.version_info >= (3, 14) else "")
 
 
 def imported_by(code: str) -> set[str]:

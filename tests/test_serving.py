@@ -705,6 +705,26 @@ def test_a_front_end_that_never_stops_talking_does_not_hold_the_end_up(path: Pat
             talking.join()
 
 
+def test_ctrl_c_while_a_device_starts_stops_it(path: Path) -> None:
+    lines = textwrap.dedent(f"""
+        import signal, threading, time
+
+        class Slow(Reverse):
+            def on_start(self):
+                super().on_start()
+                threading.Thread(target=os.kill, args=[os.getpid(), signal.SIGINT]).start()
+                time.sleep(1)
+
+        try:
+            Slow().start({str(path)!r})
+        except KeyboardInterrupt:
+            print("interrupted", os.path.exists({str(path)!r}))
+    """)
+    with program(lines) as process:
+        output, errors = process.communicate(timeout=10)
+    assert (process.returncode, output, errors) == (0, "stopped\ninterrupted False\n", "")
+
+
 def test_ctrl_c_in_the_main_thread_leaves_a_device_in_another_one_alone_until_it_is_stopped(path: Path) -> None:
     lines = textwrap.dedent(f"""
         import time

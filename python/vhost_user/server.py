@@ -199,7 +199,12 @@ class Server:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"vhost-user {type(device).__name__}", daemon=True)
         self._thread.start()
-        self._ready.wait()
+        try:
+            self._ready.wait()
+        except BaseException:
+            # Ctrl-C: nobody gets this object, so nobody else can stop the device.
+            self.stop()
+            raise
         if self._failure or self._ended.is_set():
             self.wait()
         # A daemon thread must not be caught inside the core when the interpreter goes away.
