@@ -672,9 +672,12 @@ def test_descriptors_that_come_with_a_later_byte_are_refused_and_closed(front: F
     front.share(memory)
 
 
-def test_descriptors_are_closed_when_the_message_stays_unfinished(path: Path, memory: Memory) -> None:
+def test_descriptors_are_closed_when_the_message_stays_unfinished(
+    path: Path, device: Witness, memory: Memory
+) -> None:
     with FrontEnd(path) as front:
         front.tell(Id.SET_OWNER)
+    wait_until(lambda: device.ends, "the first session ends")
     before = open_descriptors()
     with FrontEnd(path) as front:
         front.send_bytes(HEADER.pack(Id.SET_MEM_TABLE, REQUEST, 40), [memory.descriptor] * 200)

@@ -457,9 +457,10 @@ class Frontend:
         """Share memories of which the back-end has nothing yet: it gets each page of 4096 bytes when it touches it.
 
         `page` is called with the guest address of each page that is missing, in a thread, and returns its bytes. If it
-        raises, the connection is closed. What this side has read or written is not missing. To be called before any
-        memory is shared, with PAGEFAULT and REPLY_ACK negotiated and CONFIGURE_MEM_SLOTS not. The back-end has to be
-        another process: while it waits for a page, nothing else goes on in its interpreter.
+        raises, the connection is closed, and requests fail with StateError. What this side has read or written is not
+        missing. To be called before any memory is shared, with PAGEFAULT and REPLY_ACK negotiated and
+        CONFIGURE_MEM_SLOTS not. The back-end has to be another process: while it waits for a page, nothing else goes
+        on in its interpreter.
 
             with frontend.postcopy(after, page=lambda address: before.read(address, 4096)):
                 frontend.queue(0).request(writable=16)

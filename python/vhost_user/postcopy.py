@@ -88,8 +88,10 @@ class Postcopy:
                     self._provided.append(address)
                     self._late.provide(address, data)
         except Exception as error:
-            # The back-end would wait for ever.
-            logger.exception("a page of guest memory cannot be provided; the connection is closed", exc_info=error)
+            # The back-end would wait for ever. Once the connection is closed it goes on with zeroes, and may answer.
+            why = "a page of guest memory cannot be provided"
+            logger.exception("%s; the connection is closed", why, exc_info=error)
+            self._frontend._end_queues(f"{why}: {error}")
             with contextlib.suppress(VhostUserError):
                 self._frontend._session.close()
 

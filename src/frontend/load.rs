@@ -233,20 +233,25 @@ impl<'a> Job<'a> {
         Ok(std::mem::take(&mut self.tally))
     }
 
-    /// Take what the device has completed, and submit as many requests again unless it is `over`, until the device wants a
-    /// kick. Returns how many those are, when it saw the first, and whether to kick.
+    /// Take what the device has completed, at most as many requests as there are slots, and submit as many again unless it
+    /// is `over`, until the device wants a kick. Returns how many those are, when it saw the last, and whether to kick.
     ///
     /// The device sees each as soon as it is there, as it does of most drivers, and of libblkio: one that is about to sleep
     /// need not, and one that sleeps wakes up while the others are made.
     fn turn(&mut self, ring: &mut impl Driver, over: bool) -> Result<(usize, Instant, bool), RingError> {
-        let mut seen = None;
+        let mut seen: Option<Instant> = None;
         let mut came = 0;
         let mut kick = false;
-        while !kick && let Some(used) = ring.pop()? {
-            let now = *seen.get_or_insert_with(Instant::now);
+        while !kick
+            && came < self.slots.len()
+            && let Some(used) = ring.pop()?
+        {
+            let slot = usize::from(self.by_head[usize::from(used.head)]);
+            // Those that were there together came together. One that was submitted since came later.
+            let now = seen.filter(|seen| self.slots[slot].submitted < *seen).unwrap_or_else(Instant::now);
+            seen = Some(now);
             came += 1;
             if !over {
-                let slot = usize::from(self.by_head[usize::from(used.head)]);
                 self.account(slot, used.written, now);
                 kick = self.submit(ring, slot, now)?;
             }
