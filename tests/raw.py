@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 #: Seconds after which something that should happen did not.
-DEADLINE = 5.0
+DEADLINE = 30.0
 #: Seconds after which something that should not happen did not.
 QUIET = 0.05
 
@@ -202,13 +202,18 @@ class Channel:
         head, descriptors, _, _ = socket.recv_fds(self.socket, HEADER.size, 8)
         if not head:
             raise ConnectionError("closed by the back-end")
-        while len(head) < HEADER.size:
-            head += self.socket.recv(HEADER.size - len(head))
+        head += self._receive_exactly(HEADER.size - len(head))
         request, flags, size = HEADER.unpack(head)
-        payload = b""
-        while len(payload) < size:
-            payload += self.socket.recv(size - len(payload))
-        return Message(request, flags, payload, descriptors)
+        return Message(request, flags, self._receive_exactly(size), descriptors)
+
+    def _receive_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise ConnectionError("closed by the back-end, inside a message")
+            data += part
+        return data
 
     def is_silent(self, seconds: float = QUIET) -> bool:
         """Whether nothing comes for a while, not even the end."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import vhost_user as vu
-from raw import FrontEnd
+from raw import DEADLINE, FrontEnd
 
 #: The fixtures `serve` and `connect`.
 Serve = Callable[[vu.Device], Path]
@@ -66,7 +66,7 @@ class Hold(vu.Device, device_id=NO_TYPE):
 
     def next(self) -> vu.Request:
         """The next request that arrives."""
-        assert self.arrived.acquire(timeout=5)
+        assert self.arrived.acquire(timeout=DEADLINE)
         return self.held.pop(0)
 
 

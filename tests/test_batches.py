@@ -18,8 +18,6 @@ from raw import NO_NOTIFY, FrontEnd, Memory, Ring, wait_until
 from specimens import NO_TYPE, Connect, Reverse, Serve
 from vhost_user.testing import connect as connect_driver
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Together(vu.Device, device_id=NO_TYPE):
     """Answers a batch with how many it is of; those that begin with "x" it leaves."""

@@ -14,8 +14,6 @@ import vhost_user as vu
 from raw import BACKEND_REQ, CONFIG, CONFIG_CHANGE, REPLY_ACK, REQUEST, FrontEnd, Id, Memory, Ring, config
 from specimens import NO_TYPE, Connect, Serve
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Dial(vu.Device, device_id=NO_TYPE):
     requestq = vu.Queue()

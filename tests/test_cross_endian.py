@@ -10,8 +10,6 @@ import vhost_user as vu
 from raw import CROSS_ENDIAN, MQ, PROTOCOL_FEATURES, REPLY_ACK, VERSION_1, FrontEnd, Id, Memory, Ring, vring_state
 from specimens import NO_TYPE, Connect, Reverse, ReverseMany, Serve
 
-pytestmark = pytest.mark.timeout(60)
-
 LITTLE, BIG = 0, 1
 EVENT_IDX = vu.TransportFeature.EVENT_IDX
 INDIRECT = vu.TransportFeature.INDIRECT_DESC

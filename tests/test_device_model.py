@@ -19,8 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import vhost_user as vu
 from specimens import NO_TYPE
 
-pytestmark = pytest.mark.timeout(120)
-
 QUEUES = st.integers(0, 1)
 LEVELS = st.integers(0, (1 << 32) - 1)
 PARTS = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4)

@@ -22,8 +22,6 @@ from specimens import NO_TYPE, Connect, Reverse, Serve
 from vhost_user.devices import Blk
 from vhost_user.testing import connect as connected
 
-pytestmark = pytest.mark.timeout(30)
-
 SET_DEVICE_STATE_FD = 42
 CHECK_DEVICE_STATE = 43
 SAVE, LOAD = 0, 1

@@ -71,7 +71,6 @@ def test_every_peer_is_told_where_it_was_seen_and_with_what(generator: ModuleTyp
         assert names <= known
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", [Uml, Qemu])
 def test_a_guest_says_what_the_page_says_that_it_says(
     serve: Serve, tmp_path: Path, generator: ModuleType, kind: type[Uml | Qemu]
@@ -133,7 +132,6 @@ def test_our_front_end_says_it_to_a_disk_that_nobody_here_wrote(tmp_path: Path, 
     assert generator.SEEN["qemu-storage-daemon"] - said == set()
 
 
-@pytest.mark.timeout(300)
 def test_a_driver_of_dpdk_says_what_the_page_says_that_it_says(tmp_path: Path, generator: ModuleType) -> None:
     device = Net()
     with device.start(tmp_path / "net"), traced(tmp_path / "net", tmp_path / "traced") as said:
@@ -143,7 +141,6 @@ def test_a_driver_of_dpdk_says_what_the_page_says_that_it_says(tmp_path: Path, g
     assert generator.SEEN["DPDK's driver"] - said == set()
 
 
-@pytest.mark.timeout(300)
 def test_our_front_end_says_it_to_a_device_of_dpdk(tmp_path: Path, generator: ModuleType) -> None:
     path = tmp_path / "net"
     with run_testpmd(f"net_vhost0,iface={path},queues=1"):

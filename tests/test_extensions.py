@@ -21,8 +21,6 @@ from vhost_user import extensions
 from vhost_user.extensions import gpu
 from vhost_user.testing import connect as drive
 
-pytestmark = pytest.mark.timeout(60)
-
 MAC = bytes.fromhex("525400123456")
 
 

@@ -9,8 +9,6 @@ import pytest
 
 import vhost_user as vu
 
-pytestmark = pytest.mark.timeout(30)
-
 #: What is imported anyway, with whatever that needs in this version of Python.
 NEEDED = "contextlib, enum, struct, threading, typing" + (", annotationlib" if sys.version_info >= (3, 14) else "")
 

@@ -28,8 +28,6 @@ from specimens import NO_TYPE, Connect, Hold, Reverse, Serve
 from vhost_user.devices.rng import Rng
 from vhost_user.guest import Uml
 
-pytestmark = pytest.mark.timeout(60)
-
 VRING_CALL, VRING_ERR = 4, 5
 IN_BAND = vu.ProtocolFeature.INBAND_NOTIFICATIONS | vu.ProtocolFeature.REPLY_ACK | vu.ProtocolFeature.BACKEND_REQ
 

@@ -40,8 +40,6 @@ from raw import (
 )
 from specimens import Connect, Hold, Reverse, ReverseMany, Serve
 
-pytestmark = pytest.mark.timeout(60)
-
 FEATURES = PROTOCOL_FEATURES | VERSION_1 | ACCESS_PLATFORM | INDIRECT_DESC
 PROTOCOL = REPLY_ACK | BACKEND_REQ | MQ
 

@@ -15,7 +15,7 @@ from specimens import Hold, Reverse, ReverseMany
 from vhost_user.devices import Blk, Console, Rng, Tmp102, i2c
 from vhost_user.testing import BlkDriver, ConsoleDriver, I2cDriver, RngDriver, connect
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("level")]
+pytestmark = pytest.mark.usefixtures("level")
 
 PAGE = 4096
 

@@ -27,8 +27,6 @@ from raw import HEADER, NEED_REPLY, REQUEST, Id, u64, vring_descriptor, vring_st
 from specimens import NO_TYPE, Reverse, ReverseMany
 from vhost_user.reload import Reloader, swap
 
-pytestmark = pytest.mark.timeout(300)
-
 #: Bytes of memory by which a process may grow between the two looks, at which it has done the same many times.
 SLACK = 4 << 20
 

@@ -34,8 +34,6 @@ from raw import (
 from specimens import NO_TYPE, Connect, Diary, Hold, Reverse, Serve
 from vhost_user.testing import connect as connected
 
-pytestmark = pytest.mark.timeout(30)
-
 PAGE = 4096
 FEATURES = PROTOCOL_FEATURES | VERSION_1
 PROTOCOL = REPLY_ACK | MQ | LOG_SHMFD

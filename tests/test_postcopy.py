@@ -39,7 +39,7 @@ from raw import (
 )
 from specimens import Connect, Reverse, Serve, needs_userfault
 
-pytestmark = [pytest.mark.timeout(60), needs_userfault]
+pytestmark = needs_userfault
 
 PAGE = 4096
 PAGEFAULT = 1 << 8

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 import vhost_user as vu
-from raw import NO_INTERRUPT, NO_NOTIFY, FrontEnd, Id, Memory, Ring, vring_state, wait_until
+from raw import DEADLINE, NO_INTERRUPT, NO_NOTIFY, FrontEnd, Id, Memory, Ring, vring_state, wait_until
 from specimens import NO_TYPE, Connect, Hold, Reverse, Serve
-
-pytestmark = pytest.mark.timeout(30)
 
 
 class Source(vu.Device, device_id=NO_TYPE):
@@ -94,7 +92,7 @@ def test_a_push_waits_for_a_buffer(front: FrontEnd, source: Source, memory: Memo
 
     driver = threading.Thread(target=offer)
     driver.start()
-    source.rxq.push(b"late", timeout=5)
+    source.rxq.push(b"late", timeout=DEADLINE)
     driver.join()
     assert ring.wait() == [(chains[0].head, 4)]
 
@@ -108,7 +106,7 @@ def test_a_push_waits_for_the_driver_to_start_the_queue(front: FrontEnd, source:
     ring.add([], [8])
     front.start(ring)
     assert len(ring.wait()) == 1
-    pushing.join(5)
+    pushing.join()
 
 
 def test_a_push_gives_up_when_its_time_is_over(front: FrontEnd, source: Source, memory: Memory) -> None:
@@ -116,7 +114,7 @@ def test_a_push_gives_up_when_its_time_is_over(front: FrontEnd, source: Source, 
     before = time.monotonic()
     with pytest.raises(vu.QueueFull):
         source.rxq.push(b"data", timeout=0.1)
-    assert 0.1 <= time.monotonic() - before < 1
+    assert time.monotonic() - before >= 0.1
     ring.add([], [8])
     front.kick(ring)
     front.tell(Id.SET_OWNER)
@@ -196,7 +194,7 @@ def test_many_threads_push_at_once(front: FrontEnd, source: Source, memory: Memo
     for pusher in pushers:
         pusher.start()
     for pusher in pushers:
-        pusher.join(5)
+        pusher.join()
     entries = ring.wait(200)
     assert [head for head, _ in entries] == [chain.head for chain in chains]
     pushed = [chain.written(3) for chain in chains]
@@ -210,7 +208,8 @@ def test_many_threads_push_at_once(front: FrontEnd, source: Source, memory: Memo
 def test_pushes_wait_while_buffers_come_one_by_one(front: FrontEnd, source: Source, memory: Memory) -> None:
     ring = start(front, memory)
     pushers = [
-        threading.Thread(target=source.rxq.push, args=[b"%d" % number], kwargs={"timeout": 5}) for number in range(8)
+        threading.Thread(target=source.rxq.push, args=[b"%d" % number], kwargs={"timeout": DEADLINE})
+        for number in range(8)
     ]
     for pusher in pushers:
         pusher.start()
@@ -221,7 +220,7 @@ def test_pushes_wait_while_buffers_come_one_by_one(front: FrontEnd, source: Sour
         [(_, length)] = ring.wait()
         pushed.add(chain.written(length))
     for pusher in pushers:
-        pusher.join(5)
+        pusher.join()
     assert pushed == {b"%d" % number for number in range(8)}
 
 

@@ -22,10 +22,8 @@ import pytest
 
 import vhost_user as vu
 import vhost_user.testing
-from raw import PROTOCOL_FEATURES, VERSION_1, Chain, FrontEnd, Id, Memory, Ring, wait_until
+from raw import DEADLINE, PROTOCOL_FEATURES, VERSION_1, Chain, FrontEnd, Id, Memory, Ring, wait_until
 from specimens import NO_TYPE, Connect, Hold, Reverse, Serve
-
-pytestmark = pytest.mark.timeout(30)
 
 
 @dataclass
@@ -418,7 +416,7 @@ def test_a_request_is_completed_from_another_thread(driver: Driver) -> None:
 
     worker = threading.Thread(target=work)
     worker.start()
-    worker.join(5)
+    worker.join()
     assert driver.answer(chain) == b"cba"
 
 
@@ -436,7 +434,7 @@ def test_many_threads_complete_requests_at_once(driver: Driver) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(5)
+        worker.join()
     lengths = dict(driver.ring.wait(32))
     assert [chain.written(lengths[chain.head]) for chain in chains] == [b"%02d" % number * 2 for number in range(32)]
     assert calls.came()
@@ -473,7 +471,7 @@ def test_of_two_threads_that_complete_a_request_one_is_told(driver: Driver) -> N
         failures: list[Exception] = []
 
         def work(request: vu.Request, barrier: threading.Barrier, failures: list[Exception]) -> None:
-            barrier.wait(5)
+            barrier.wait(DEADLINE)
             try:
                 request.complete()
             except vu.RequestCompleted as error:
@@ -483,7 +481,7 @@ def test_of_two_threads_that_complete_a_request_one_is_told(driver: Driver) -> N
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(5)
+            worker.join()
         assert len(failures) == 1
         assert len(driver.ring.wait()) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import signal
@@ -21,11 +22,12 @@ from pathlib import Path
 import pytest
 
 import vhost_user as vu
+import vhost_user.loop
 from conftest import open_descriptors
-from raw import QUIET, Channel, FrontEnd, Id, Memory, Ring, wait_until
+from raw import DEADLINE, QUIET, Channel, FrontEnd, Id, Memory, Ring, wait_until
 from specimens import NO_TYPE, Connect, Diary, Hold, Reverse, Serve
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("level")]
+pytestmark = pytest.mark.usefixtures("level")
 
 #: A program that serves a device; what it does is appended.
 PROGRAM = """
@@ -61,11 +63,19 @@ def program(*lines: str, descriptors: tuple[int, ...] = (), **environment: str) 
     )
     with process:
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "started\n"
+            assert line_of(process) == "started\n"
             yield process
         finally:
             process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line that a program prints. What comes after it stays in the pipe: `communicate` looks nowhere else."""
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+        line += byte
+    return line.decode()
 
 
 class Rude(Reverse, device_id=NO_TYPE):
@@ -254,7 +264,7 @@ def test_of_many_that_start_at_the_same_path_one_is_served(path: Path, memory: M
     failures: list[Exception] = []
 
     def begin() -> None:
-        barrier.wait(5)
+        barrier.wait(DEADLINE)
         try:
             servers.append(Reverse().start(path))
         except vu.AddressInUse as error:
@@ -264,7 +274,7 @@ def test_of_many_that_start_at_the_same_path_one_is_served(path: Path, memory: M
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     assert (len(servers), len(failures)) == (1, 7)
     assert works(path, memory)
     servers[0].stop()
@@ -295,7 +305,7 @@ def test_a_device_connects_to_a_front_end_that_listens(path: Path, memory: Memor
         assert front.exchange(start(front, memory), b"abc", 8) == b"cba"
         front.close()
         # There is nobody else to serve.
-        assert server.wait(5)
+        assert server.wait(DEADLINE)
     path.unlink()
 
 
@@ -328,7 +338,7 @@ def test_an_inherited_descriptor_may_be_connected(memory: Memory) -> None:
         front._owned, front._kicks = contextlib.ExitStack(), {}
         assert front.exchange(start(front, memory), b"abc", 8) == b"cba"
         front.close()
-    assert server.wait(5)
+    assert server.wait(DEADLINE)
 
 
 def test_an_inherited_descriptor_may_listen(path: Path, memory: Memory) -> None:
@@ -371,7 +381,7 @@ def test_a_socket_from_systemd_is_used(path: Path, memory: Memory) -> None:
         with program(*lines, descriptors=(listener.fileno(),)) as process:
             assert works(path, memory)
             process.send_signal(signal.SIGINT)
-            assert process.wait(5) == -signal.SIGINT
+            assert process.wait(DEADLINE) == -signal.SIGINT
     path.unlink()
 
 
@@ -384,7 +394,9 @@ def test_a_socket_from_systemd_is_used(path: Path, memory: Memory) -> None:
 )
 def test_sockets_from_systemd_that_are_not_one_for_this_process_are_refused(variables: str, error: str) -> None:
     script = PROGRAM + f"os.environ.update({variables})\nReverse().serve()\n"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=10, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
     assert result.returncode == 1
     assert error in result.stderr
 
@@ -399,9 +411,7 @@ def test_a_second_front_end_is_turned_away_while_the_first_goes_on(
     first = connect(path)
     ring = start(first, memory)
     second = connect(path)
-    before = time.monotonic()
     assert second.is_closed()
-    assert time.monotonic() - before < 3
     assert (
         "Reverse: a front-end was turned away: another one is connected; a device serves one at a time" in caplog.text
     )
@@ -413,6 +423,13 @@ def test_a_second_front_end_is_turned_away_while_the_first_goes_on(
     assert first.exchange(ring, b"abc", 8) == b"cba"
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second front-end is kept waiting for as long as a test takes."""
+    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 1000.0)
+
+
+@pytest.mark.usefixtures("patience")
 def test_a_second_front_end_is_served_if_the_first_one_leaves_soon(serve: Serve, connect: Connect) -> None:
     # QEMU killed and started again: the new one may connect before the old one's end was seen.
     path = serve(Reverse())
@@ -425,6 +442,7 @@ def test_a_second_front_end_is_served_if_the_first_one_leaves_soon(serve: Serve,
     second.reply_to(Id.GET_FEATURES)
 
 
+@pytest.mark.usefixtures("patience")
 def test_a_front_end_that_waits_is_served_although_the_hook_for_the_end_of_the_first_raises(path: Path) -> None:
     with Rude().start(path), FrontEnd(path) as first, FrontEnd(path) as second:
         first.get_u64(Id.GET_FEATURES)
@@ -457,45 +475,50 @@ def test_a_front_end_that_cannot_be_accepted_is_tried_again_and_not_all_the_time
     """)
     with program(lines) as process:
         assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "full\n"
+        assert line_of(process) == "full\n"
         with FrontEnd(path) as front:
             front.send(Id.GET_FEATURES)
             print(file=process.stdin, flush=True)
-            process.stdout.readline()
+            line_of(process)
             time.sleep(1.5)
             print(file=process.stdin, flush=True)
-            assert float(process.stdout.readline()) < 0.5
+            assert float(line_of(process)) < 0.5
             front.reply_to(Id.GET_FEATURES)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=DEADLINE)
     assert "a front-end could not be accepted: [Errno 24] Too many open files; trying again in 1 s" in errors
 
 
+@pytest.mark.usefixtures("patience")
 def test_how_long_one_front_end_waited_is_not_held_against_the_next(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cancelled: list[int] = []
+
+    class Timed(vhost_user.loop.Timer):
+        def cancel(self) -> None:
+            cancelled.append(self._id)
+            super().cancel()
+
+    monkeypatch.setattr("vhost_user._runtime.Timer", Timed)
     device = Reverse()
     path = serve(device)
     first = connect(path)
     first.get_u64(Id.GET_FEATURES)
-    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 0.2)
     second = connect(path)
-    wait_until(lambda: device._runtime._waiting, "the second one waits")
-    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 1000)
+    wait_until(lambda: device._runtime._patience, "the second one waits")
+    assert device._runtime._patience
+    timer = device._runtime._patience._id
     first.close()
     second.get_u64(Id.GET_FEATURES)
-    third = connect(path)
-    wait_until(lambda: device._runtime._waiting, "the third one waits")
-    time.sleep(0.4)
-    second.close()
-    third.get_u64(Id.GET_FEATURES)
+    assert cancelled == [timer]
+    assert device._runtime._patience is None
 
 
 def test_once_serves_one_front_end_and_ends(path: Path, memory: Memory) -> None:
     server = Reverse().start(path, once=True)
     assert not server.wait(QUIET)
     assert works(path, memory)
-    assert server.wait(5)
+    assert server.wait(DEADLINE)
     assert not path.exists()
 
 
@@ -503,17 +526,16 @@ def test_once_ends_although_the_hook_for_the_end_raises(path: Path, caplog: pyte
     with Rude().start(path, once=True) as server:
         with FrontEnd(path) as front:
             front.get_u64(Id.GET_FEATURES)
-        assert server.wait(5)
+        assert server.wait(DEADLINE)
     assert "RuntimeError: no farewell" in caplog.text
 
 
+@pytest.mark.usefixtures("patience")
 def test_once_turns_a_second_front_end_away_at_once(path: Path) -> None:
     with Reverse().start(path, once=True), FrontEnd(path) as first:
         first.get_u64(Id.GET_FEATURES)
         with FrontEnd(path) as second:
-            before = time.monotonic()
             assert second.is_closed()
-            assert time.monotonic() - before < 0.5
         first.get_u64(Id.GET_FEATURES)
 
 
@@ -587,7 +609,7 @@ def test_a_device_stops_itself_from_a_handler(path: Path, memory: Memory) -> Non
     server = OneShot().start(path)
     with FrontEnd(path) as front:
         assert front.exchange(start(front, memory), b"", 8) == b"bye"
-        assert server.wait(5)
+        assert server.wait(DEADLINE)
 
 
 def test_a_handler_cannot_wait_for_its_own_device(path: Path, memory: Memory) -> None:
@@ -623,7 +645,7 @@ def test_requests_in_flight_are_finished_before_the_device_stops(path: Path, mem
         assert stopping.is_alive()
         assert ring.take() == []
         request.complete()
-        stopping.join(5)
+        stopping.join()
         assert len(ring.take()) == 1
 
 
@@ -635,9 +657,7 @@ def test_a_device_stops_although_a_request_is_never_completed(path: Path, memory
         ring.add([], [8])
         front.kick(ring)
         request = device.next()
-        before = time.monotonic()
         server.stop()
-        assert time.monotonic() - before < 7
         with pytest.raises(vu.RequestRevoked):
             request.complete()
         assert ring.take() == []
@@ -656,7 +676,7 @@ def test_a_device_stops_at_any_time_from_any_thread(path: Path, memory: Memory, 
             ring.add([b"abc"], [8])
             front.kick(ring)
             ring.wait(timeout=0.2)
-    assert server.wait(5)
+    assert server.wait(DEADLINE)
     stop.join()
 
 
@@ -669,7 +689,7 @@ def test_ctrl_c_ends_serving_in_good_order(path: Path, memory: Memory, line: str
         with FrontEnd(path) as front:
             assert front.exchange(start(front, memory), b"abc", 8) == b"cba"
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=5)
+            output, errors = process.communicate(timeout=DEADLINE)
             assert front.is_closed()
     assert process.returncode == -signal.SIGINT
     assert output == "stopped\n"
@@ -680,9 +700,17 @@ def test_ctrl_c_ends_serving_in_good_order(path: Path, memory: Memory, line: str
 @pytest.mark.parametrize("line", ["Reverse().serve(sys.argv[1])", "Reverse().start(sys.argv[1]).wait()"])
 def test_a_signal_that_does_not_wake_who_waits_is_not_lost(path: Path, line: str) -> None:
     # As one that comes just before the wait: Python is told of it, and no system call ends.
-    later = "import _thread, threading; threading.Timer(0.5, _thread.interrupt_main).start()"
+    later = textwrap.dedent("""
+        import _thread, threading
+
+        def on_start(self):
+            print("started", flush=True)
+            threading.Timer(0.5, _thread.interrupt_main).start()
+
+        Reverse.on_start = on_start
+    """)
     with program(f"sys.argv[1:] = [{str(path)!r}]", later, line) as process:
-        assert process.wait(10) == -signal.SIGINT
+        assert process.wait(DEADLINE) == -signal.SIGINT
 
 
 def test_a_front_end_that_never_stops_talking_does_not_hold_the_end_up(path: Path) -> None:
@@ -699,7 +727,7 @@ def test_a_front_end_that_never_stops_talking_does_not_hold_the_end_up(path: Pat
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(5) == -signal.SIGINT
+            assert process.wait(DEADLINE) == -signal.SIGINT
         finally:
             process.kill()
             talking.join()
@@ -721,7 +749,7 @@ def test_ctrl_c_while_a_device_starts_stops_it(path: Path) -> None:
             print("interrupted", os.path.exists({str(path)!r}))
     """)
     with program(lines) as process:
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, output, errors) == (0, "stopped\ninterrupted False\n", "")
 
 
@@ -730,15 +758,15 @@ def test_ctrl_c_in_the_main_thread_leaves_a_device_in_another_one_alone_until_it
         import time
         try:
             with Reverse().start({str(path)!r}):
+                print("begun", flush=True)
                 time.sleep(60)
         except KeyboardInterrupt:
             print("interrupted", os.path.exists({str(path)!r}))
     """)
     with program(lines) as process:
-        wait_until(path.exists, "the socket")
-        time.sleep(0.1)
+        assert line_of(process) == "begun\n"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=5)
+        output, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, output, errors) == (0, "stopped\ninterrupted False\n", "")
 
 
@@ -751,7 +779,7 @@ def test_a_program_that_ends_stops_its_devices(path: Path, memory: Memory) -> No
         assert works(path, memory)
         with FrontEnd(path) as front:
             front.get_u64(Id.GET_FEATURES)
-            output, errors = process.communicate(timeout=5)
+            output, errors = process.communicate(timeout=DEADLINE)
             assert front.is_closed()
     assert (process.returncode, output, errors) == (0, "stopped\n", "")
     assert not path.exists()
@@ -770,10 +798,9 @@ def test_a_child_that_is_forked_leaves_the_device_to_its_parent(path: Path, memo
             sys.stdin.read()
     """)
     with program(lines) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "7 True\n"
+        assert line_of(process) == "7 True\n"
         assert works(path, memory)
-        output, errors = process.communicate(timeout=5)
+        output, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, output, errors) == (0, "stopped\n", "")
 
 
@@ -793,6 +820,7 @@ def test_a_front_end_of_another_process_that_is_killed_is_followed_by_the_next(p
 
 def test_nothing_is_left_after_200_starts_and_stops(path: Path) -> None:
     device = Reverse()
+    gc.collect()
     before = open_descriptors()
     for _ in range(200):
         with device.start(path), FrontEnd(path) as front:

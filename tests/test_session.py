@@ -58,8 +58,6 @@ from raw import (
 )
 from specimens import NO_TYPE, Connect, Diary, Hold, Reverse, ReverseMany, Serve
 
-pytestmark = pytest.mark.timeout(30)
-
 OFFERED = LOG_ALL | INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1
 #: INFLIGHT_SHMFD, GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 IN_FLIGHT = 1 << 12 | 1 << 20 | 1 << 23
@@ -648,6 +646,8 @@ def test_one_kick_is_enough_for_many_requests_and_one_call_answers_a_batch(
     serve: Serve, connect: Connect, memory: Memory
 ) -> None:
     device = Reverse()
+    # However slow the handler is: nobody is told of less than a batch.
+    device.batch_patience = 60.0
     front = connect(serve(device))
     ring = ready(front, memory, size=256)
     call = front.set_call(ring)
@@ -1077,8 +1077,9 @@ def test_the_next_front_end_is_served_whenever_one_leaves(
 
 
 def test_requests_in_flight_are_finished_before_the_next_front_end_is_served(
-    serve: Serve, connect: Connect, memory: Memory
+    serve: Serve, connect: Connect, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vhost_user._runtime.PATIENCE", 1000.0)
     device = Hold()
     path = serve(device)
     front = connect(path)

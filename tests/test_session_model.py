@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -30,8 +29,6 @@ from raw import (
     vring_state,
 )
 from specimens import ReverseMany
-
-pytestmark = pytest.mark.timeout(60)
 
 FEATURES = PROTOCOL_FEATURES | VERSION_1 | INDIRECT_DESC
 QUEUES = st.integers(0, 1)

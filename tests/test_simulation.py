@@ -19,8 +19,6 @@ from vhost_user.devices.rng import Rng
 from vhost_user.guest import CommandTimeout, GuestError, find_kernel
 from vhost_user.simulation import Event, Simulation, SimulationError
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).parents[1]
 
 

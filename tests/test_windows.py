@@ -23,8 +23,6 @@ from specimens import NO_TYPE, Connect, Serve
 from vhost_user import extensions
 from vhost_user.testing import connect as drive
 
-pytestmark = pytest.mark.timeout(60)
-
 PAGE = mmap.PAGESIZE
 OURS = UUID("00112233-4455-6677-8899-aabbccddeeff")
 THEIRS = UUID("12345678-1234-5678-1234-567812345678")

@@ -926,7 +926,10 @@ class DriverQueue:
             self._wait(lambda: self._watched == 0 or self._quit, SLICE)
             with self._changed:
                 self._changed.wait_for(lambda: (self._watched and not self._lost) or self._quit, LINGER)
-                if self._quit or not self._watched:
+                if self._quit:
+                    # Whoever wants that waits for this thread.
+                    break
+                if not self._watched:
                     self._watcher = None
                     break
         atexit.unregister(self._quit_watcher)
@@ -1035,8 +1038,11 @@ class Completion:
             async with asyncio.timeout(timeout):
                 await woken.wait()
         except TimeoutError:
-            index = self._queue.index
-            raise PeerTimeout(f"queue {index}: the device did not complete the request within {timeout} s") from None
+            # A loop that was busy for so long hears of both at once.
+            if not self._is_settled():
+                index = self._queue.index
+                late = f"queue {index}: the device did not complete the request within {timeout} s"
+                raise PeerTimeout(late) from None
 
     def _is_settled(self) -> bool:
         return self._outcome is not None

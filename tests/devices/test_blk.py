@@ -598,7 +598,6 @@ umount /mnt
 """
 
 
-@pytest.mark.timeout(240)
 def test_eight_processors_use_eight_queues(serve: Serve, tmp_path: Path) -> None:
     """In QEMU: User-Mode Linux has one processor, and Linux makes no more queues than those."""
     image = tmp_path / "ext4.img"

@@ -19,8 +19,6 @@ import pytest
 
 import vhost_user as vu
 
-pytestmark = pytest.mark.timeout(300)
-
 #: Seconds for what takes one on a machine that does nothing else.
 PATIENCE = 60.0
 

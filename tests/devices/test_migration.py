@@ -197,7 +197,6 @@ class Choosy(Files):
         raise ValueError("that is nothing that I know of")
 
 
-@pytest.mark.timeout(240)
 def test_the_state_of_a_device_goes_along_or_the_guest_stays(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     # More than what fits in a pipe.
     here, choosy, there = Files(os.urandom(MIB)), Choosy(), Files()
@@ -238,7 +237,6 @@ class Deaf(Blk):
 
 
 @needs_userfault
-@pytest.mark.timeout(300)
 def test_a_guest_goes_on_before_its_memory_is_there_and_what_was_in_flight_is_done_there(
     serve: Serve, tmp_path: Path
 ) -> None:

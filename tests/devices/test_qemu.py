@@ -40,7 +40,6 @@ class Parrot(Console):
         self.write(data * 2)
 
 
-@pytest.mark.timeout(180)
 def test_devices_outlive_a_reboot_and_the_end_of_qemu(serve: Serve) -> None:
     disk, devices = Blk(16 * MIB, serial="outlives"), [Rng(), Parrot()]
     sockets = [(serve(device), device.device_id) for device in (disk, *devices)]
@@ -62,7 +61,6 @@ def test_devices_outlive_a_reboot_and_the_end_of_qemu(serve: Serve) -> None:
         use(guest, "six")
 
 
-@pytest.mark.timeout(180)
 def test_linux_drives_packed_rings(serve: Serve) -> None:
     disk, devices = Blk(16 * MIB), [Rng(), Parrot()]
     for device in (disk, *devices):
@@ -78,7 +76,6 @@ def test_linux_drives_packed_rings(serve: Serve) -> None:
             guest.reboot()
 
 
-@pytest.mark.timeout(180)
 def test_the_guest_sees_changes_of_the_configuration(serve: Serve) -> None:
     disk, console = Blk(16 * MIB), Console()
     with Qemu([(serve(disk), vu.DeviceId.BLOCK), (serve(console), vu.DeviceId.CONSOLE)]) as guest:
@@ -184,7 +181,6 @@ def test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes(
         assert hashlib.sha256(disk.image.read_bytes()[: 4 * 65536]).hexdigest() == written
 
 
-@pytest.mark.timeout(240)
 def test_two_queues_of_a_disk_are_worked_on_by_two_threads_until_qemu_is_killed(serve: Serve) -> None:
     disk = Blk(16 * MIB, num_queues=2)
     disk.workers = 2

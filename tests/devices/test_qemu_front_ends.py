@@ -275,7 +275,6 @@ def drive(model: str, device: vu.Device, path: Path, folder: Path) -> None:
         assert {queue.status for queue in device.queues} <= {"stopped"}
 
 
-@pytest.mark.timeout(300)
 def test_linux_has_its_own_drivers_for_them(serve: Serve) -> None:
     keyboard, vsock, scsi, files, network = Keyboard(), Vsock(), Scsi(), Files(), Network()
     devices = [(keyboard, ""), (vsock, ""), (scsi, "num_queues=1"), (files, "tag=files"), (network, "host_mtu=1400")]
