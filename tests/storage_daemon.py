@@ -24,7 +24,7 @@ def storage_daemon(folder: Path, queues: int = 1) -> Iterator[Path]:
     path = folder / "storage.sock"
     with subprocess.Popen(arguments(folder, path, queues), stderr=subprocess.DEVNULL) as daemon:
         try:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while not path.exists():
                 assert daemon.poll() is None, "qemu-storage-daemon ended"
                 assert time.monotonic() < deadline, "qemu-storage-daemon does not listen"

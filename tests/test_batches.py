@@ -408,7 +408,7 @@ def test_a_device_that_polls_needs_no_kick_while_it_does(
     serve: Serve, connect: Connect, memory: Memory, workers: int
 ) -> None:
     device = Reverse()
-    device.busy_poll = 0.5
+    device.busy_poll = 1.0
     device.workers = workers
     front = connect(serve(device))
     front.negotiate()
@@ -420,11 +420,20 @@ def test_a_device_that_polls_needs_no_kick_while_it_does(
         ring.add([b"ab"], [2])
         front.kick(ring)
         ring.wait()
-    before = device.requestq.statistics.kicks
-    for _ in range(20):
-        ring.add([b"ab"], [2])
-        ring.wait()
-    assert device.requestq.statistics.kicks == before
+
+    def needs_no_kick() -> bool:
+        for _ in range(20):
+            ring.add([b"ab"], [2])
+            try:
+                ring.wait(timeout=2)
+            except AssertionError:
+                # The driver took so long that the device went to sleep.
+                front.kick(ring)
+                ring.wait()
+                return False
+        return True
+
+    assert any(needs_no_kick() for _ in range(10))
 
 
 def test_a_device_that_polls_sleeps_after_a_while_and_is_woken_by_a_kick(

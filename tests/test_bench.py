@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -251,9 +252,9 @@ def test_a_disk_is_not_overwritten_unless_that_is_allowed(serve: Serve, access: 
 def test_a_device_that_hangs_ends_the_load_with_an_error(serve: Serve, poll: bool) -> None:
     device = Hold()
     path = serve(device)
-    expected = "queue 0: the device has 2 requests, and completed none of them within 0.2 s"
+    expected = "queue 0: the device has 2 requests, and completed none of them within 1.5 s"
     with pytest.raises(vu.PeerTimeout, match=expected):
-        measure(path, Chain(writable=(8,)), seconds=30, depth=2, timeout=0.2, poll=poll)
+        measure(path, Chain(writable=(8,)), seconds=30, depth=2, timeout=1.5, poll=poll)
     device.held.clear()
 
 
@@ -283,30 +284,30 @@ def test_ctrl_c_prints_what_was_measured(serve: Serve) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             for _ in range(10):
-                assert answered.acquire(timeout=20)
+                assert answered.acquire(timeout=60)
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=20)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, errors.splitlines()) == (130, [])
     (run,) = json.loads(output)["targets"][0]["runs"]
     assert run["interrupted"] is True
     assert run["requests"] >= 9
-    assert 0 < run["seconds"] < 30
+    assert 0 < run["seconds"] < 60
 
 
 def test_a_terminal_is_told_how_far_it_is(serve: Serve) -> None:
     path = serve(Rng())
     terminal, other_end = pty.openpty()
     try:
-        command = [*COMMAND, str(path), "--writable", "8", "--runtime", "0.6"]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=other_end, timeout=20, check=True)
+        command = [*COMMAND, str(path), "--writable", "8", "--runtime", "1.5"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=other_end, timeout=60, check=True)
         os.set_blocking(terminal, False)
         shown = os.read(terminal, 1 << 16).decode()
     finally:
         os.close(terminal)
         os.close(other_end)
-    assert f"run 1 of 1, {path}: 0." in shown
+    assert re.search(rf"run 1 of 1, {re.escape(str(path))}: [01]\.", shown)
     assert shown.endswith("\r\x1b[K")
 
 

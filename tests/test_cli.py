@@ -23,7 +23,7 @@ import pytest
 from vhost_user import DeviceId
 from vhost_user.guest import Uml, _newest_build
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 VHOST_USER = [sys.executable, "-m", "vhost_user"]
 
 HEADER = struct.Struct("=III")
@@ -74,7 +74,7 @@ DEVICES = """
     class Hangs(Rng):
         def on_connect(self):
             print("hangs", flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
     class Raises(Rng):
         def on_start(self):
@@ -378,11 +378,9 @@ def test_a_handler_that_hangs_does_not_keep_the_process(start: Start, sock: Path
     with connect(sock):
         assert process.stdout is not None
         assert process.stdout.readline() == "hangs\n"
-        started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=DEADLINE)
     assert (process.returncode, "a handler hangs" in stderr) == (1, True)
-    assert time.monotonic() - started < 3
 
 
 def test_impatience_does_not_make_it_hang(start: Start, sock: Path) -> None:

@@ -257,7 +257,7 @@ def test_a_front_end_that_goes_away_ends_a_transfer_that_never_would(
             front.wait_until_read()
         front.close()
         wait_until(lambda: not device.connected, "the session ends")
-        assert device.moved.wait(5)
+        assert device.moved.wait(30)
 
 
 @pytest.mark.parametrize("direction", [SAVE, LOAD])

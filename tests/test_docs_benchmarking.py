@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             process = subprocess.Popen([*VHOST_USER, *words], cwd=tmp_path, stderr=subprocess.DEVNULL)
             servers.enter_context(process)
             servers.callback(process.terminate)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 30
             while not (tmp_path / path).exists():
                 assert time.monotonic() < deadline, f"{command} does not listen"
                 time.sleep(0.01)

@@ -34,7 +34,7 @@ def played(tmp_path: Path) -> Iterator[list[tuple[str, str]]]:
                 job = subprocess.Popen([*PROGRAM, *words[:-1]], cwd=tmp_path, stderr=subprocess.DEVNULL)
                 jobs.callback(job.wait)
                 jobs.callback(job.terminate)
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 30
                 while not Path(words[-2]).exists():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)

@@ -77,7 +77,7 @@ def test_the_commands_print_what_the_page_shows(serve: Serve, tmp_path: Path) ->
         assert tracing.stdout is not None
         said = tracing.stdout.readline()
         exec(here(PROGRAM), {})
-        rest, _ = tracing.communicate(timeout=20)
+        rest, _ = tracing.communicate(timeout=60)
     check(trace, there(said + rest))
 
     for command in others:

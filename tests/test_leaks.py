@@ -244,7 +244,7 @@ def test_a_thousand_classes_for_a_device_that_runs_leave_nothing(path: Path, tmp
         queue = frontend.negotiate().queue(0)
 
         def change(_: int) -> None:
-            swap(device, next(classes)).result(10)
+            swap(device, next(classes)).result(raw.DEADLINE)
             assert queue.request(b"abc", 3) == b"cba"
 
         check_level(tmp_path, 1000, change, lambda: True)

@@ -418,7 +418,10 @@ def reloading(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def write(path: Path, source: str, version: int, end: str = "") -> None:
-    path.write_text(textwrap.dedent(source).replace("VERSION", str(version)) + end)
+    new = path.with_suffix(".new")
+    new.write_text(textwrap.dedent(source).replace("VERSION", str(version)) + end)
+    # At once: whoever takes his time over the rest of a file has it loaded without.
+    new.rename(path)
 
 
 def test_every_read_succeeds_while_the_source_changes(

@@ -294,7 +294,7 @@ def pipe(request: pytest.FixtureRequest, level: None, tmp_path: Path) -> Iterato
         front_end.connect(str(tmp_path / "traced"))
         back_end = stack.enter_context(listener.accept()[0])
         for end in (front_end, back_end):
-            end.settimeout(5)
+            end.settimeout(raw.DEADLINE)
         stack.callback((tmp_path / "back-end").unlink)
         yield (front_end, back_end) if request.param == "to the back-end" else (back_end, front_end)
 
@@ -396,7 +396,7 @@ def test_both_sides_may_go_at_once(level: None, tmp_path: Path) -> None:
     def hold(record: Record) -> None:
         if record.event == "message":
             looked_at.set()
-            assert go_on.wait(5)
+            assert go_on.wait(raw.DEADLINE)
 
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -407,7 +407,7 @@ def test_both_sides_may_go_at_once(level: None, tmp_path: Path) -> None:
         going, staying = raw.FrontEnd(tmp_path / "traced"), raw.FrontEnd(tmp_path / "traced")
         with going, staying, listener.accept()[0] as back_end:
             staying.send(Id.SET_OWNER)
-            assert looked_at.wait(5)
+            assert looked_at.wait(raw.DEADLINE)
             going.close()
             back_end.close()
             go_on.set()
@@ -761,7 +761,7 @@ def test_the_command_ends_with_the_front_end_and_leaves_a_file(serve: Serve, tmp
         said = listening(command)
         with raw.FrontEnd(path) as guest:
             guest.negotiate()
-        out, error = command.communicate(timeout=10)
+        out, error = command.communicate(timeout=raw.DEADLINE)
     assert command.returncode == 0, error
     assert "let the front-end connect to" in said
     assert "SET_PROTOCOL_FEATURES" in out
@@ -777,7 +777,7 @@ def test_the_command_ends_by_a_signal_and_json_goes_to_the_output(serve: Serve, 
         with raw.FrontEnd(path) as guest:
             guest.negotiate()
             command.terminate()
-            out, error = command.communicate(timeout=10)
+            out, error = command.communicate(timeout=raw.DEADLINE)
             assert guest.is_closed()
     assert command.returncode == 0, error
     assert {json.loads(line)["event"] for line in out.splitlines()} == {"opened", "message"}
@@ -789,7 +789,7 @@ def test_without_a_back_end_the_command_says_so_and_fails(tmp_path: Path) -> Non
         assert f"nothing is at {nobody} yet" in listening(command)
         with raw.FrontEnd(path) as guest:
             assert guest.is_closed()
-        _, error = command.communicate(timeout=10)
+        _, error = command.communicate(timeout=raw.DEADLINE)
     assert command.returncode == 1
     assert f"{nobody}: No such file or directory: the front-end is turned away" in error
 
@@ -803,7 +803,7 @@ def test_without_a_back_end_the_command_says_so_and_fails(tmp_path: Path) -> Non
 )
 def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
     with vhost_user("trace", *arguments) as command:
-        _, error = command.communicate(timeout=10)
+        _, error = command.communicate(timeout=raw.DEADLINE)
     assert command.returncode == 2
     assert said in error
 

@@ -276,4 +276,4 @@ def test_an_interrupted_check_leaves_nothing_behind(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1

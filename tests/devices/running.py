@@ -20,7 +20,7 @@ Example = Callable[[str], dict[str, Any]]
 Program = Callable[[str], tuple[Path, "subprocess.Popen[str]"]]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 5) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
     """Wait until `condition()` is true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -604,7 +604,7 @@ def test_eight_processors_use_eight_queues(serve: Serve, tmp_path: Path) -> None
     subprocess.run(["mkfs.ext4", "-q", image, "64M"], check=True)
     disk = Blk(image, num_queues=8)
     with Qemu([(serve(disk), vu.DeviceId.BLOCK, "num-queues=8")], cpus=8) as guest:
-        guest.run(EIGHT, timeout=90)
+        guest.run(EIGHT, timeout=240)
         assert all(queue.statistics.requests > 4 for queue in disk.requestqs)
     assert subprocess.run(["e2fsck", "-fn", image], capture_output=True, check=False).returncode == 0
 

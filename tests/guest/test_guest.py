@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from raw import wait_until
 from vhost_user.guest import CommandFailed, CommandTimeout, Guest, GuestError, GuestNotFound, Qemu, Uml
 
 
@@ -117,7 +118,7 @@ def test_threads_take_turns(uml: Uml) -> None:
 
 def test_the_log_has_the_kernel_messages(any_guest: Guest) -> None:
     any_guest.run("echo a mark >/dev/kmsg")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while "a mark" not in any_guest.log and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "Linux version" in any_guest.log
@@ -171,11 +172,11 @@ def test_stop_kills_a_guest_that_hangs(scratch: Path) -> None:
     with Uml() as hanging:
         pid = hanging.pid
         with ThreadPoolExecutor() as threads:
-            command = threads.submit(hanging.run, "sleep 1000", timeout=1000)
-            time.sleep(0.5)
+            command = threads.submit(hanging.run, f"{BEGIN}; sleep 1000", timeout=1000)
+            wait_until(lambda: "it has begun" in hanging.log, "the command begins")
             assert not hanging.stop(timeout=1)
-            with pytest.raises(GuestError, match="the guest ended while running 'sleep 1000'"):
-                command.result(timeout=5)
+            with pytest.raises(GuestError, match=r"the guest ended while running .*sleep 1000'"):
+                command.result(timeout=60)
     assert processes_of(pid) == []
     assert list(scratch.iterdir()) == []
 
@@ -246,10 +247,15 @@ def test_a_guest_does_not_outlive_a_program_that_is_killed(scratch: Path, then: 
 def test_ctrl_c_ends_the_guest() -> None:
     with Uml() as interrupted:
         pid = interrupted.pid
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        def interrupt() -> None:
+            wait_until(lambda: "it has begun" in interrupted.log, "the command begins")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
-            interrupted.run("sleep 1000", timeout=1000)
-        with pytest.raises(GuestError, match="the guest did not come back from running 'sleep 1000': stop it"):
+            interrupted.run(f"{BEGIN}; sleep 1000", timeout=1000)
+        with pytest.raises(GuestError, match=r"the guest did not come back from running .*sleep 1000': stop it"):
             interrupted.run("true")
     assert processes_of(pid) == []
 
@@ -289,6 +295,10 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     for kind in (Uml, Qemu):
         with pytest.raises(GuestError, match=r"rng\.sock: no device listens there; start it before the guest"):
             kind([(tmp_path / "rng.sock", 4)]).start()
+
+
+#: A command that a test sees the beginning of, in the log.
+BEGIN = "echo it has begun >/dev/kmsg"
 
 
 def processes_of(leader: int | None) -> list[int]:
