@@ -375,6 +375,7 @@ def test_a_signal_ends_it_cleanly(start: Start, sock: Path, number: signal.Signa
 
 def test_a_handler_that_hangs_does_not_keep_the_process(start: Start, sock: Path) -> None:
     process = start("run", "devices:Hangs", "--socket-path", str(sock))
+    wait_for_instructions(process)
     with connect(sock):
         assert process.stdout is not None
         assert process.stdout.readline() == "hangs\n"
@@ -385,6 +386,7 @@ def test_a_handler_that_hangs_does_not_keep_the_process(start: Start, sock: Path
 
 def test_impatience_does_not_make_it_hang(start: Start, sock: Path) -> None:
     process = start("run", "devices:Hangs", "--socket-path", str(sock))
+    wait_for_instructions(process)
     with connect(sock):
         assert process.stdout is not None
         assert process.stdout.readline() == "hangs\n"

@@ -932,23 +932,23 @@ def wait_for_turns(device: vu.Device) -> None:
 
 
 def wait_until_nothing_is_read(front: FrontEnd, device: vu.Device) -> None:
-    left = -1
-    while left != unread(front):
+    while True:
         left = unread(front)
         wait_for_turns(device)
-    assert left > 0
+        if left and left == unread(front):
+            break
 
 
 def ask_until_nothing_goes(front: FrontEnd, device: vu.Device) -> None:
     """Send requests and read no answers, until the socket takes no more, because the device reads nothing."""
     front.socket.setblocking(False)
     message = HEADER.pack(Id.GET_CONFIG, REQUEST, 4096) + config(0, bytes(4084))
-    rest, left = message, -1
-    while left != unread(front):
-        left = unread(front)
+    rest, left = message, 0
+    while not left or left != unread(front):
         with contextlib.suppress(BlockingIOError):
             while True:
                 rest = rest[front.socket.send(rest) :] or message
+        left = unread(front)
         wait_for_turns(device)
     front.socket.setblocking(True)
 

@@ -484,8 +484,11 @@ def test_a_ring_whose_addresses_are_taken_back_goes_on_when_they_are_mapped_agai
     assert ring.wait() == [(0, 6)]
 
 
-def test_a_ring_that_nobody_uses_is_not_asked_for_again(rig: Rig) -> None:
-    rig.device.busy_poll = 0
+def test_a_ring_that_nobody_uses_is_not_asked_for_again(serve: Serve, connect: Connect, memory: Memory) -> None:
+    device = ReverseMany()
+    # Or it would look at the ring for another moment.
+    device.busy_poll = 0.0
+    rig = set_up(device, serve, connect, memory)
     ring = rig.ring()
     rig.request(ring, b"hello")
     rig.iommu.serve()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import vhost_user as vu
-from raw import wait_until
+from raw import DEADLINE, wait_until
 from specimens import Hold, Reverse, ReverseMany
 from vhost_user.devices import Blk, Console, Rng, Tmp102, i2c
 from vhost_user.testing import BlkDriver, ConsoleDriver, I2cDriver, RngDriver, connect
@@ -140,6 +140,8 @@ def test_nothing_is_lost_while_everything_is_taken_back_again_and_again(packed: 
         over = threading.Event()
 
         def work(queue: vu.DriverQueue) -> int:
+            # What was mapped for a request may be gone again each time.
+            queue.timeout = DEADLINE
             count = 0
             while not over.is_set() or count < 50:
                 text = b"%d of %d" % (count, queue.index)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import vhost_user as vu
+from raw import wait_until
 from specimens import NO_TYPE, Diary, Hold, Reverse, ReverseMany
 from vhost_user import testing
 from vhost_user.devices import Blk, Console, Rng, Tmp102, blk, i2c
@@ -397,6 +398,8 @@ def test_a_connection_may_be_cut_in_the_middle_of_a_message() -> None:
     with testing.connect(device) as driver:
         testing.send(driver, testing.message("SET_VRING_NUM", struct.pack("=II", 0, 8))[:15])
         driver.close()
+        # Who is stopped before that does not look.
+        wait_until(lambda: any(entry[0] == "disconnect" for entry in device.entries), "the device sees the end")
     (error,) = [entry[1] for entry in device.entries if entry[0] == "disconnect"]
     assert "3 of the 8 payload bytes of request 8" in str(error)
 
