@@ -418,8 +418,12 @@ def test_a_request_that_is_late_can_be_waited_for_again(connect: Connected) -> N
 
 def after_ctrl_c(wait: Callable[[], object]) -> None:
     """Wait, with a Ctrl-C on its way, which may come before."""
-    threading.Timer(SHORT, os.kill, [os.getpid(), signal.SIGINT]).start()
-    wait()
+    timer = threading.Timer(SHORT, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    try:
+        wait()
+    finally:
+        timer.join()
 
 
 def test_ctrl_c_interrupts_a_wait(connect: Connected) -> None:

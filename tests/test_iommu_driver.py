@@ -98,10 +98,12 @@ def test_addresses_that_are_taken_back_are_waited_for() -> None:
         request = device.next()
         serving.join()
         request.write(b"done")
-        threading.Timer(0.2, request.complete).start()
+        timer = threading.Timer(0.2, request.complete)
+        timer.start()
         frontend.invalidate_io(frontend.io_address(start), size)
         # It was answered after the request was done, which was published when the ring was mapped again.
         assert request.completed
+        timer.join()
         assert completion.wait() == b"done"
 
 

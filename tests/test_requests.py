@@ -737,12 +737,16 @@ def test_serve_async_serves_within_a_running_loop_and_ends_when_it_is_cancelled(
 
 
 def test_serve_async_ends_when_the_device_is_stopped_from_another_thread(tmp_path: Path, level: None) -> None:
+    class Brief(Reverse, device_id=NO_TYPE):
+        def on_start(self) -> None:
+            # To stop a device that is not served does nothing.
+            self.timer = threading.Timer(0.05, self.stop)
+            self.timer.start()
+
     async def main() -> None:
-        device = Reverse()
-        timer = threading.Timer(0.05, device.stop)
-        timer.start()
-        await asyncio.wait_for(device.serve_async(tmp_path / "async.sock"), 5)
-        timer.join()
+        device = Brief()
+        await asyncio.wait_for(device.serve_async(tmp_path / "async.sock"), DEADLINE)
+        device.timer.join()
 
     asyncio.run(main())
 

@@ -146,8 +146,10 @@ def test_a_request_that_is_answered_late_is_fine() -> None:
     device = Hold()
     with testing.connect(device) as driver:
         completion = driver.queues[0].submit(b"?")
-        threading.Timer(0.1, device.next().complete).start()
+        timer = threading.Timer(0.1, device.next().complete)
+        timer.start()
         del completion
+    timer.join()
 
 
 def test_a_request_that_is_dropped_fails_the_test() -> None:

@@ -203,6 +203,8 @@ def test_every_record_survives_json(serve: Serve, trace: Trace) -> None:
     with Uml([(path, vu.DeviceId.RNG)]) as guest:
         guest.run("head -c 64 /dev/hwrng")
     seen(records, "closed")
+    # The channel of the back-end may end after the connection.
+    records = list(records)
     out = io.StringIO()
     write = JsonLines(out)
     for record in records:
@@ -486,9 +488,10 @@ def test_a_packed_ring_is_followed(serve: Serve, trace: Trace, packed_device: Ho
     assert {(activity.indirect, activity.late) for activity in requests} == {(indirect, False)}
     assert all(record.latency for record in seen(records, "completion"))
     assert [record.text for record in records if record.event == "note"] == []
-    # The device names the descriptor that it waits for, if it may.
-    wishes = {activity.wish for activity in requests}
-    assert (f"at {requests[1].head}/1" in wishes) is bool(extra), wishes
+    # The device names the descriptor that it waits for, if it may: the one of this request, or of the next one.
+    at = [activity.wish.split("/")[0] for activity in requests if activity.wish.startswith("at ")]
+    assert bool(at) is bool(extra)
+    assert {*at} <= {f"at {activity.head}" for activity in requests}
 
 
 def test_a_packed_ring_is_followed_from_its_base(serve: Serve, trace: Trace, packed_device: Hold) -> None:
