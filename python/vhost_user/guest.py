@@ -700,9 +700,11 @@ class _Machine:
 
     def end(self) -> str:
         """Kill what is left, and return the log."""
-        _end(self.process, self._watcher)
-        self._last_log = self.log()
-        self._release()
+        try:
+            _end(self.process, self._watcher)
+            self._last_log = self.log()
+        finally:
+            self._release()
         return self._last_log
 
     def _receive(self) -> None:
@@ -772,9 +774,9 @@ def _end(process: subprocess.Popen[bytes], watcher: _Watcher) -> None:
 
 def _lives(group: int) -> bool:
     """Whether a process of the group is more than a zombie, which whoever adopted it may keep for long."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for process in filter(str.isdigit, os.listdir("/proc")):  # not glob(): what ends meanwhile is an error to it
         with suppress(OSError):
-            state, _, its_group = entry.read_text().rpartition(")")[2].split()[:3]
+            state, _, its_group = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[:3]
             if int(its_group) == group and state not in "ZX":
                 return True
     return False

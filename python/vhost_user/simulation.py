@@ -454,18 +454,20 @@ class SimulatedUml(Uml):
         return super().run(command, timeout=timeout, check=check)
 
     def kill(self) -> None:
-        super().kill()
-        self._died = True
-        self._line.close()
-        for end in (self._listener, self._calendar):
-            if end is not None:
-                end.close()
-        self._listener = self._calendar = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        if self._simulation._guest is self:
-            self._simulation._guest = None
+        try:
+            super().kill()
+        finally:
+            self._died = True
+            self._line.close()
+            for end in (self._listener, self._calendar):
+                if end is not None:
+                    end.close()
+            self._listener = self._calendar = None
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+            if self._simulation._guest is self:
+                self._simulation._guest = None
 
     def _command_line(self, channel: int, directory: Path) -> list[str]:
         path = self._simulation._path("calendar.sock")

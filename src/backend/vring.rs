@@ -975,13 +975,14 @@ impl Vring {
 
     /// Notify the driver, or count that it does not want to be.
     fn call(&self, call: Option<Arc<Call>>) {
-        let counter = if let Some(call) = call {
-            call.signal();
-            &self.statistics.calls
-        } else {
-            &self.statistics.calls_suppressed
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+        // Counted first: whoever sees the signal finds it in the statistics.
+        match call {
+            Some(call) => {
+                self.statistics.calls.fetch_add(1, Ordering::Relaxed);
+                call.signal();
+            }
+            None => _ = self.statistics.calls_suppressed.fetch_add(1, Ordering::Relaxed),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -304,11 +304,11 @@ BEGIN = "echo it has begun >/dev/kmsg"
 def processes_of(leader: int | None) -> list[int]:
     """The processes in the guest's process group, those that are only waited for aside."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for process in filter(str.isdigit, os.listdir("/proc")):
         try:
-            state, _parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _parent, group = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if group == str(leader) and state != "Z":
-            found.append(int(stat.parent.name))
+            found.append(int(process))
     return found
