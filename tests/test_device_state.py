@@ -6,12 +6,15 @@ vhost-user specification, "Migrating back-end state".
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import pytest
@@ -131,6 +134,33 @@ def test_a_failure_is_told_and_logged_and_the_device_goes_on(move: object, caplo
         assert frontend.queue(0).request(writable=3) == b"abc"
 
 
+def test_a_state_goes_to_a_file_without_being_in_memory(tmp_path: Path) -> None:
+    source = Register(os.urandom(5 << 20))
+    with connected(source, start=False) as frontend:
+        with open(tmp_path / "state", "wb") as file:
+            assert frontend.save_state_to(file) == 5 << 20
+        assert (tmp_path / "state").read_bytes() == source.value
+
+
+def test_a_state_that_is_longer_than_its_limit_is_refused_and_the_device_goes_on() -> None:
+    with connected(Register(b"x" * 100_001), start=False) as frontend:
+        with pytest.raises(vu.StateTooLong, match="longer than 100000 bytes"):
+            frontend.save_state(limit=100_000)
+        assert len(frontend.save_state(limit=100_001)) == 100_001
+        assert frontend.queue(0).request(writable=1) == b"x"
+
+
+def test_a_file_that_cannot_be_written_ends_the_transfer_and_the_device_goes_on() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    with connected(Register(b"x" * 500_000), start=False) as frontend:
+        with pytest.raises(OSError, match="no space left"):
+            frontend.save_state_to(Full())
+        assert len(frontend.save_state()) == 500_000
+
+
 # --- A front-end that does what it likes ------------------------------------------------------------------------------
 
 
@@ -165,6 +195,35 @@ def test_the_state_goes_through_a_socket_as_well(front: FrontEnd, device: Regist
         ours.send(b"after")
     assert check(front) == 0
     assert device.value == b"after"
+
+
+def test_a_file_is_written_and_read_from_where_it_is(front: FrontEnd, device: Register, tmp_path: Path) -> None:
+    with open(tmp_path / "state", "w+b", buffering=0) as file:
+        file.write(b"header:")
+        assert begin(front, SAVE, file.fileno()) == ACCEPTED
+        assert check(front) == 0
+        assert (tmp_path / "state").read_bytes() == b"header:before"
+        assert file.tell() == len(b"header:before")
+        file.seek(len(b"header:be"))
+        assert begin(front, LOAD, file.fileno()) == ACCEPTED
+        assert check(front) == 0
+    assert device.value == b"fore"
+
+
+@pytest.mark.parametrize("direction", [SAVE, LOAD])
+def test_a_pipe_of_another_user_is_used_although_it_cannot_be_opened_again(
+    front: FrontEnd, device: Register, direction: int
+) -> None:
+    with pipe() as (reader, writer), contextlib.ExitStack() as stack:
+        os.fchmod(reader.fileno(), 0)
+        if os.geteuid() == 0:
+            stack.callback(os.seteuid, 0)
+            os.seteuid(65534)
+        writer.write(b"after" if direction == LOAD else b"")
+        assert begin(front, direction, (writer, reader)[direction].fileno()) == ACCEPTED
+        writer.close()
+        assert check(front) == 0
+        assert (device.value if direction == LOAD else reader.read(100)) == (b"before", b"after")[direction]
 
 
 def test_the_loop_goes_on_and_the_check_waits_until_the_state_is_there(front: FrontEnd, device: Register) -> None:

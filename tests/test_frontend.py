@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import struct
@@ -654,3 +655,99 @@ def test_a_refused_message_ends_nothing(pair: Pair) -> None:
     with pytest.raises(vu.ProtocolError, match="SET_CONFIG: the back-end refused it with 0x16"):
         frontend.write_config(b"x")
     assert frontend.read_config(1) == b"\0"
+
+
+# --- The state of a back end that is wrong ----------------------------------------------------------------------------
+
+SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE = 42, 43
+
+
+@pytest.fixture
+def moving(pair: Pair) -> tuple[vu.Frontend, BackEnd]:
+    """A front-end that may save the state of a raw back-end, which has none until a test says otherwise."""
+    frontend, back_end = pair(protocol=PROTOCOL | raw.DEVICE_STATE)
+    back_end.answers[SET_DEVICE_STATE_FD] = lambda message: back_end.reply(message, raw.u64(0x100))
+    back_end.answers[CHECK_DEVICE_STATE] = lambda message: back_end.reply(message, raw.u64(0))
+    return frontend.negotiate(), back_end
+
+
+def instead(back_end: BackEnd, descriptor: int) -> None:
+    """Let it ask for `descriptor` to be used."""
+    back_end.answers[SET_DEVICE_STATE_FD] = lambda message: back_end.send(
+        message.request, raw.u64(0), [descriptor], flags=raw.REPLY
+    )
+
+
+def test_a_state_without_an_end_is_given_up_at_its_limit(moving: tuple[vu.Frontend, BackEnd]) -> None:
+    frontend, back_end = moving
+    written: list[int] = []
+    writers: list[threading.Thread] = []
+
+    def write_for_ever(descriptor: int) -> None:
+        with contextlib.suppress(BrokenPipeError), open(descriptor, "wb", buffering=0) as file:
+            while True:
+                written.append(file.write(bytes(1 << 16)))
+
+    def begin(message: raw.Message) -> None:
+        back_end.reply(message, raw.u64(0x100))
+        writers.append(threading.Thread(target=write_for_ever, args=[os.dup(message.descriptors[0])]))
+        writers[0].start()
+
+    back_end.answers[SET_DEVICE_STATE_FD] = begin
+    with pytest.raises(
+        vu.StateTooLong, match=r"longer than 1000000 bytes; .* larger limit, or save_state_to\(\) a file"
+    ):
+        frontend.save_state(limit=1_000_000)
+    writers[0].join()
+    # And what was on its way in the pipe.
+    assert 1_000_000 < sum(written) < 3_000_000
+    assert back_end.messages[-1].request == CHECK_DEVICE_STATE
+    assert frontend.read_config(1) == b"\0"
+
+
+def test_a_descriptor_of_the_back_end_s_own_is_never_waited_for_beyond_the_deadline(
+    moving: tuple[vu.Frontend, BackEnd],
+) -> None:
+    frontend, back_end = moving
+    frontend.timeout = SHORT
+    reader, writer = os.pipe()
+    try:
+        instead(back_end, reader)
+        with pytest.raises(vu.PeerTimeout, match="wrote nothing of its state"):
+            frontend.save_state()
+        instead(back_end, writer)
+        with pytest.raises(vu.PeerTimeout, match="read nothing of its state"):
+            frontend.load_state(bytes(1 << 20))
+        # What is not to be read from it is not read, and nothing is left open.
+        with pytest.raises(vu.StateError, match="cannot be read"):
+            frontend.save_state()
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_a_descriptor_that_carries_no_state_is_refused(moving: tuple[vu.Frontend, BackEnd], path: str) -> None:
+    frontend, back_end = moving
+    descriptor = os.open(path, os.O_RDONLY)
+    instead(back_end, descriptor)
+    with pytest.raises(vu.StateError, match="neither a pipe, a socket nor a file"):
+        frontend.save_state()
+    os.close(descriptor)
+    with pytest.raises(vu.StateError, match=r"cannot be written|neither"):
+        frontend.load_state(b"state")
+
+
+def test_a_state_is_moved_although_the_process_has_many_descriptors(moving: tuple[vu.Frontend, BackEnd]) -> None:
+    frontend, _ = moving
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+        null = os.open("/dev/null", os.O_RDONLY)
+        stack.callback(os.close, null)
+        while (descriptor := os.dup(null)) < 1100:
+            stack.callback(os.close, descriptor)
+        stack.callback(os.close, descriptor)
+        assert frontend.save_state() == b""
+        frontend.load_state(b"state")

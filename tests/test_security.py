@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_the_limits_are_what_the_page_says() -> None:
         assert f"Duration::from_secs({limit(what).split()[0]})" == constant("backend/session.rs", name)
     asked = limit("an address that the front-end is asked for, behind an IOMMU").split()[0]
     assert f"Duration::from_secs({asked})" == constant("backend/translation.rs", "MISS_DEADLINE")
+    state = signature(vu.Frontend.save_state).parameters["limit"].default
+    assert limit("the state of a device that a driver saves") == f"{state >> 20} MiB"
     assert limit("looking for requests before going to sleep") == f"{vu.Device.busy_poll * 1e6:g} µs"
 
 

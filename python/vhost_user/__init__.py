@@ -34,6 +34,7 @@ from .errors import (
     RequestRevoked,
     RequestUnderflow,
     StateError,
+    StateTooLong,
     VhostUserError,
 )
 from .ids import DeviceId
@@ -101,6 +102,7 @@ __all__ = [
     "RequestUnderflow",
     "Server",
     "StateError",
+    "StateTooLong",
     "Timer",
     "TransportFeature",
     "VhostUserError",

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import logging
 import os
-import select
-import socket
-import stat
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ._complaints import report
+from ._state_stream import CHUNK, StateStream
 from .errors import StateError
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
     from ._core import Complaints
     from .device import Device
 
 logger = logging.getLogger("vhost_user.device")
-
-CHUNK = 1 << 16
 
 
 class Transfer:
@@ -47,7 +39,7 @@ class Transfer:
         self._over = over
         self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._stream = _Stream(fd, saves, self._cancelled)
+            self._stream = StateStream(fd, saves, cancelled=self._cancelled)
         except BaseException:
             os.close(self._cancelled)
             raise
@@ -107,73 +99,3 @@ class Transfer:
             left += len(data)
         if left:
             raise StateError(f"the device left {left} bytes of its state unread: its on_load_state() is another one's")
-
-
-class _Stream(io.RawIOBase):
-    """The front-end's descriptor: whoever waits for it can be cancelled, and its flags are left alone."""
-
-    def __init__(self, fd: int, writes: bool, cancelled: int) -> None:
-        self._writes = writes
-        self._cancelled = cancelled
-        self._socket: socket.socket | None = None
-        # Nothing is open if this raises, and the object is closed all the same when it goes.
-        self._fd = -1
-        try:
-            kind = os.fstat(fd).st_mode
-            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-            if access not in (os.O_RDWR, os.O_WRONLY if writes else os.O_RDONLY):
-                raise StateError(f"the descriptor for the device's state cannot be {'written' if writes else 'read'}")
-            if stat.S_ISSOCK(kind):
-                self._socket = socket.socket(fileno=os.dup(fd))
-                self._fd = self._socket.fileno()
-            elif stat.S_ISFIFO(kind) or stat.S_ISREG(kind):
-                # Another opening of the same file has flags of its own.
-                flags = (os.O_WRONLY if writes else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
-                self._fd = os.open(f"/proc/self/fd/{fd}", flags)
-            else:
-                raise StateError("the descriptor for the device's state is neither a pipe, a socket nor a file")
-        finally:
-            os.close(fd)
-
-    def readable(self) -> bool:
-        return not self._writes
-
-    def writable(self) -> bool:
-        return self._writes
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        while True:
-            self._wait(select.POLLIN)
-            try:
-                if self._socket is not None:
-                    return self._socket.recv_into(buffer, 0, socket.MSG_DONTWAIT)
-                return os.readv(self._fd, [buffer])
-            except BlockingIOError:
-                pass
-
-    def write(self, data: ReadableBuffer) -> int:
-        while True:
-            self._wait(select.POLLOUT)
-            try:
-                if self._socket is not None:
-                    return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                return os.write(self._fd, data)
-            except BlockingIOError:
-                pass
-
-    def _wait(self, what: int) -> None:
-        poll = select.poll()
-        poll.register(self._fd, what)
-        poll.register(self._cancelled, select.POLLIN)
-        ready = dict(poll.poll())
-        if self._cancelled in ready:
-            raise OSError(errno.ECANCELED, "the front-end is gone, or the device was stopped")
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        super().close()
-        if self._socket is not None:
-            self._socket.close()
-        elif self._fd >= 0:
-            os.close(self._fd)

@@ -29,6 +29,10 @@ class PeerTimeout(VhostUserError, TimeoutError):
     """The peer did not answer, or did not read, in time."""
 
 
+class StateTooLong(VhostUserError, ValueError):
+    """A device has more state of its own than it may have."""
+
+
 class QueueFull(VhostUserError):
     """The driver has offered no buffer to push into, and the backlog is full."""
 

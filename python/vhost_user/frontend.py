@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from . import _core
 from ._core import DirtyLog, InflightRecord, Memory, ProtocolFeature, TransportFeature
-from .errors import PeerClosed, PeerTimeout, StateError, VhostUserError
+from ._state_stream import CHUNK, StateStream
+from .errors import PeerClosed, PeerTimeout, ProtocolError, StateError, StateTooLong, VhostUserError
 from .loop import HasFileno
 from .postcopy import Postcopy
 from .queues import Buffer
@@ -32,6 +33,8 @@ from .server import Endpoint, PathLike
 
 if TYPE_CHECKING:
     from uuid import UUID
+
+    from _typeshed import SupportsWrite
 
     from .extensions.crypto import AsymmetricSession, SymmetricSession
     from .extensions.gpu import ScreenServer
@@ -41,6 +44,9 @@ TIMEOUT = 5.0
 
 #: Bytes of guest memory, unless somebody says otherwise.
 MEMORY_SIZE = 16 << 20
+
+#: Bytes of a device's own state that are taken, unless somebody says otherwise.
+STATE_LIMIT = 64 << 20
 
 #: Feature bits of the transport and the rings, and those of them that this driver implements.
 TRANSPORT_FEATURES = (1 << 42) - (1 << 24)
@@ -148,9 +154,11 @@ class Frontend:
         def open_socket() -> socket.socket:
             with Endpoint(path=path).open() as (listener, _, _):
                 assert listener is not None
-                if not select.select([listener], [], [], timeout)[0]:
-                    raise PeerTimeout(f"{path}: no back-end connected within {timeout} s")
-                return listener.accept()[0]
+                listener.settimeout(timeout)
+                try:
+                    return listener.accept()[0]
+                except TimeoutError:
+                    raise PeerTimeout(f"{path}: no back-end connected within {timeout} s") from None
 
         return cls._opened(open_socket, timeout)
 
@@ -576,33 +584,51 @@ class Frontend:
         """Let the device write to an eventfd after it has marked something."""
         self._session.set_log_fd(fd)
 
-    def save_state(self) -> bytes:
+    def save_state(self, *, limit: int = STATE_LIMIT) -> bytes:
         """The device's own state, for :meth:`load_state` of a front-end elsewhere. Stop every queue before.
 
+        At most `limit` bytes of it. :meth:`save_state_to` does not need them in memory.
         Needs the protocol feature DEVICE_STATE. vhost-user specification, "Migrating back-end state".
 
         Raises:
             ProtocolError: the device could not save it.
             PeerTimeout: nothing came for :attr:`timeout` seconds. The session goes on.
+            StateTooLong: there is more of it. The session goes on.
+            StateError: the back-end wants a descriptor to be used that can carry no state.
         """
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        state = bytearray()
-        with open(reader, "rb", buffering=0) as file:
-            try:
-                own = self._session.transfer_state(True, writer)
-            finally:
-                os.close(writer)
-            if own is not None:
-                os.dup2(own, reader, inheritable=False)
-                os.close(own)
-            while True:
-                if not select.select([file], [], [], self.timeout)[0]:
-                    raise PeerTimeout(f"the device wrote nothing of its state for {self.timeout} s")
-                if not (data := file.read(1 << 16)):
-                    break
-                state += data
+        state = io.BytesIO()
+        self.save_state_to(state, limit=limit)
+        return state.getvalue()
+
+    def save_state_to(self, file: SupportsWrite[bytes], *, limit: int = STATE_LIMIT) -> int:
+        """Like :meth:`save_state`, but write it to `file` as it comes. Returns how many bytes it has.
+
+        `file` takes all of what it is given, as buffered files do. What it raises ends the transfer, and not the
+        session. After any exception a part of the state may have been written.
+        """
+        if limit < 0:
+            raise ValueError(f"the limit of a state is 0 bytes or more, not {limit}")
+        size = 0
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            with self._state_stream(ours, theirs, saves=True) as stream:
+                while data := stream.read(min(CHUNK, limit - size + 1)):
+                    size += len(data)
+                    if size > limit:
+                        raise StateTooLong(
+                            f"the device's state is longer than {limit} bytes; if that is right, give save_state() a"
+                            " larger limit, or save_state_to() a file"
+                        )
+                    file.write(data)
+        except (PeerTimeout, ProtocolError, StateError):
+            raise
+        except Exception:
+            # The device noticed that nobody reads: it has to be asked before another transfer can begin.
+            with contextlib.suppress(VhostUserError):
+                self._session.check_state()
+            raise
         self._session.check_state()
-        return bytes(state)
+        return size
 
     def load_state(self, state: Buffer) -> None:
         """Give the device a state that :meth:`save_state` returned. Stop every queue before.
@@ -610,26 +636,29 @@ class Frontend:
         Raises:
             ProtocolError: the device does not take it.
             PeerTimeout: the device read nothing for :attr:`timeout` seconds. The session goes on.
+            StateError: the back-end wants a descriptor to be used that can carry no state.
         """
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        with open(writer, "wb", buffering=0) as file:
-            try:
-                own = self._session.transfer_state(False, reader)
-            finally:
-                os.close(reader)
-            if own is not None:
-                os.dup2(own, writer, inheritable=False)
-                os.close(own)
-            self._write_state(file.fileno(), memoryview(state).cast("B"))
+        theirs, ours = os.pipe2(os.O_CLOEXEC)
+        # A device that closes its end early says why when it is asked.
+        with self._state_stream(ours, theirs, saves=False) as stream, contextlib.suppress(BrokenPipeError):
+            left = memoryview(state).cast("B")
+            while left:
+                left = left[stream.write(left[:CHUNK]) :]
         self._session.check_state()
 
-    def _write_state(self, fd: int, state: memoryview) -> None:
-        # A device that closes its end early says why when it is asked.
-        with contextlib.suppress(BrokenPipeError):
-            while state:
-                if not select.select([], [fd], [], self.timeout)[1]:
-                    raise PeerTimeout(f"the device read nothing of its state for {self.timeout} s")
-                state = state[os.write(fd, state[: select.PIPE_BUF]) :]
+    def _state_stream(self, ours: int, theirs: int, saves: bool) -> StateStream:
+        """Begin a transfer through a pipe, or through what the back-end wants to be used instead."""
+        try:
+            own = self._session.transfer_state(saves, theirs)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        if own is not None:
+            os.close(ours)
+            ours = own
+        return StateStream(ours, not saves, timeout=self.timeout)
 
     # --- Queues -----------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def unknown_direction(case: Case) -> None:
 def _save(case: Case, wire: Wire) -> bytes:
     reader, writer = os.pipe()
     ours = _transfer(case, wire, _SAVE, writer, reader)
-    state = b""
+    state = bytearray()
     deadline = time.monotonic() + case.timeout
     try:
         while True:
@@ -94,7 +94,7 @@ def _save(case: Case, wire: Wire) -> bytes:
     finally:
         os.close(ours)
     _finish(wire)
-    return state
+    return bytes(state)
 
 
 def _transfer(case: Case, wire: Wire, direction: int, theirs: int, ours: int) -> int:
