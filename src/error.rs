@@ -33,6 +33,10 @@ pub enum Error {
     #[error("{0}")]
     State(String),
 
+    /// What was asked for is another process's to do: this one was forked from it.
+    #[error("{0} belongs to another process, which this one was forked from; make another one")]
+    AnotherProcess(&'static str),
+
     /// Somebody did not want to wait any longer.
     #[error("interrupted while waiting for the peer")]
     Interrupted,

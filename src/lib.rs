@@ -5,6 +5,7 @@
 //! | `protocol` | the wire format: bytes to typed messages |
 //! | `transport` | framing and descriptors over AF_UNIX |
 //! | `memory` | the guest's address space |
+//! | `process` | what a forked child leaves to its parent |
 //! | `virtqueue` | rings, chains, notification |
 //! | `backend` | the device's side of a session, and its event loop |
 //! | `frontend` | the driver's side of a session, and the queues that it submits to |
@@ -14,6 +15,7 @@ pub mod backend;
 pub mod error;
 pub mod frontend;
 pub mod memory;
+pub mod process;
 pub mod protocol;
 pub mod transport;
 pub mod virtqueue;

@@ -197,6 +197,9 @@ class Backend:
         """Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of."""
     @property
     def settled(self) -> bool: ...
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child that was forked from the process that serves the device. It leaves it alone."""
     def fileno(self) -> int:
         """The loop's own descriptor: readable while :meth:`dispatch` has something to do."""
     def stop(self) -> None:
@@ -457,6 +460,9 @@ class Frontend:
         """Send any request with any payload at any time. Returns the payload of the answer, None if there is none."""
     def close(self) -> None:
         """End the session: whoever waits is told."""
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child that was forked from the process that drives the device. It leaves it alone."""
     def fileno(self) -> int:
         """The socket to the back-end."""
 

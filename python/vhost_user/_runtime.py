@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -72,6 +73,11 @@ class ConfigStorage:
     def attach(self, backend: Backend | None) -> None:
         self._backend = backend
 
+    def leave_to_parent(self) -> None:
+        """This process was forked: a thread that it does not have may hold the lock."""
+        self._lock = threading.Lock()
+        self._quiet = 0
+
     def read(self, offset: int, size: int) -> bytes:
         with self._lock:
             return bytes(self.space[offset : offset + size])
@@ -101,6 +107,19 @@ class ConfigStorage:
     def _notify(self) -> None:
         if self._backend:
             self._backend.config_changed()
+
+
+#: Those that are being served.
+_SERVED: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def _on_fork() -> None:
+    for runtime in list(_SERVED):
+        runtime.leave_to_parent()
+    _SERVED.clear()
+
+
+os.register_at_fork(after_in_child=_on_fork)
 
 
 class Conductor(Protocol):
@@ -184,8 +203,9 @@ class Runtime:
                 backend.run()
             except BaseException:
                 # Ctrl-C, or an exception that means the end: what was begun is finished before it goes on.
-                backend.stop()
-                backend.run()
+                if not backend.forked:
+                    backend.stop()
+                    backend.run()
                 raise
 
     async def serve_async(self, endpoint: Endpoint, once: bool, ready: Callable[[], None] = lambda: None) -> None:
@@ -215,13 +235,14 @@ class Runtime:
                 try:
                     await asyncio.shield(ended)
                 except BaseException:
-                    if not ended.done() or ended.exception():
+                    if not backend.forked and (not ended.done() or ended.exception()):
                         ended = loop.create_future()
                         backend.stop()
                         await ended
                     raise
             finally:
-                loop.remove_reader(backend.fileno())
+                if not backend.forked:
+                    loop.remove_reader(backend.fileno())
                 self._asyncio = None
 
     def stop(self) -> None:
@@ -231,7 +252,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def _served(self, endpoint: Endpoint, once: bool) -> Iterator[Backend]:
-        if not self._serving.acquire(blocking=False):
+        serving = self._serving
+        if not serving.acquire(blocking=False):
             raise StateError(f"{self._name} is being served already; make another instance, or stop it first")
         try:
             # Once it is open, a descriptor that was given away is closed whatever happens.
@@ -242,6 +264,7 @@ class Runtime:
                 self._once = once or listener is None
                 self._attach(backend)
                 self.address = address
+                _SERVED.add(self)
                 try:
                     self.device.on_start()
                     with self._workers(backend):
@@ -252,23 +275,41 @@ class Runtime:
                             self._listen()
                         yield backend
                 finally:
-                    self._stop_listening()
-                    self._refuse_waiting("the device was stopped")
-                    self._listener = None
-                    self.address = None
-                    if self._transfer is not None:
-                        self._transfer.cancel()
-                        self._transfer.join(PATIENCE)
-                        self._transfer = None
-                    self._attach(None)
-                    self._threads = []
-                    self.device.on_stop()
+                    if not backend.forked:
+                        self._clean_up()
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
         finally:
             self._failure = None
-            self._serving.release()
+            serving.release()
+
+    def _clean_up(self) -> None:
+        _SERVED.discard(self)
+        self._stop_listening()
+        self._refuse_waiting("the device was stopped")
+        self._listener = None
+        self.address = None
+        if self._transfer is not None:
+            self._transfer.cancel()
+            self._transfer.join(PATIENCE)
+            self._transfer = None
+        self._attach(None)
+        self._threads = []
+        self.device.on_stop()
+
+    def leave_to_parent(self) -> None:
+        """In a child that was forked while the device was served: it is not served here, and may be."""
+        self._serving = threading.Lock()
+        self._listener = self._watch = self._waiting = self._patience = self._transfer = self._asyncio = None
+        self._tasks = set()
+        self._threads = []
+        self._failure = self.address = None
+        self.negotiated = 0
+        self.config.leave_to_parent()
+        for queue in self.queues:
+            queue._leave_to_parent()
+        self._attach(None)
 
     @contextlib.contextmanager
     def _workers(self, backend: Backend) -> Iterator[None]:
@@ -285,14 +326,18 @@ class Runtime:
             self._threads = [*self._threads, *started]
             yield
         finally:
-            backend.stop_workers()
-            self._threads = started
-            since = time.monotonic()
-            for thread in started:
-                thread.join(max(since + STOP_REMINDER - time.monotonic(), 0))
-                if thread.is_alive():
-                    self.remind_of_handlers()
-                thread.join()
+            if not backend.forked:
+                self._end_workers(backend, started)
+
+    def _end_workers(self, backend: Backend, started: list[threading.Thread]) -> None:
+        backend.stop_workers()
+        self._threads = started
+        since = time.monotonic()
+        for thread in started:
+            thread.join(max(since + STOP_REMINDER - time.monotonic(), 0))
+            if thread.is_alive():
+                self.remind_of_handlers()
+            thread.join()
 
     def remind_of_handlers(self) -> None:
         """Say, once, what keeps a device from stopping that was told to :data:`STOP_REMINDER` seconds ago."""

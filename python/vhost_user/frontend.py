@@ -285,8 +285,14 @@ class Frontend:
         return self._session.exchange(request, bytes(payload), descriptors)
 
     def close(self) -> None:
-        """Close the connection. Whoever waits for a request gets a StateError, for a message PeerClosed."""
+        """Close the connection. Whoever waits for a request gets a StateError, for a message PeerClosed.
+
+        In a child that was forked the connection is only let go of: it stays the parent's.
+        """
         session, self._open_session = self._open_session, None
+        if session is not None and session.forked:
+            self._postcopy, self._queues = None, {}
+            return
         if self._postcopy is not None:
             self._postcopy._stop()
             self._postcopy = None
@@ -790,6 +796,8 @@ class DriverQueue:
         #: Pending requests with callbacks, and the thread that takes in completions for them.
         self._watched = 0
         self._watcher: threading.Thread | None = None
+        #: The process that it runs in.
+        self._watched_by = 0
         self._quit = False
 
     def submit(self, readable: Buffer | Sequence[Buffer] = (), writable: int | Sequence[int] = ()) -> Completion:
@@ -946,6 +954,7 @@ class DriverQueue:
             name = f"vhost-user queue {self.index}"
             self._watcher = threading.Thread(target=self._run_watcher, name=name, daemon=True)
             self._watcher.start()
+            self._watched_by = os.getpid()
             # A daemon thread must not be caught inside the core when the interpreter goes away.
             atexit.register(self._quit_watcher)
         self._changed.notify_all()
@@ -964,6 +973,9 @@ class DriverQueue:
         atexit.unregister(self._quit_watcher)
 
     def _quit_watcher(self) -> None:
+        if self._watched_by != os.getpid():
+            # There is none; or this was forked, and the lock may be held by nobody who is there.
+            return
         with self._changed:
             self._quit = True
             self._changed.notify_all()

@@ -302,6 +302,12 @@ class DeviceQueue:
         self._earlier = self.statistics
         self._backend = backend
 
+    def _leave_to_parent(self) -> None:
+        """This process was forked: a thread that it does not have may hold the lock."""
+        self._lock = threading.RLock()
+        self._buffers = threading.Condition(self._lock)
+        self._backlog.clear()
+
     def _on_buffers(self) -> None:
         """The driver has made buffers available: they go to whoever came first."""
         with self._lock:

@@ -109,6 +109,7 @@ def _inherited(fd: int) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    process = os.getpid()
     with listener:
         listener.setblocking(False)
         # The kernel gives the file the permissions of the socket, so that nobody can connect before they are right.
@@ -128,8 +129,9 @@ def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
         try:
             yield listener
         finally:
+            # A child that a handler forked has no say in it.
             with contextlib.suppress(FileNotFoundError), _locked(path.parent):
-                if _identity(path) == ours:
+                if os.getpid() == process and _identity(path) == ours:
                     path.unlink()
 
 

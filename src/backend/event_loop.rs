@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
 
 use crate::error::Error;
+use crate::process::Process;
 
 /// Whom an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,9 +97,11 @@ struct Timers {
     armed: Option<Instant>,
 }
 
-/// The loop itself. Every method but [`wait`](Self::wait) may be called from any thread.
+/// The loop itself. Every method but [`wait`](Self::wait) may be called from any thread. What a forked child asks for does
+/// not happen: the descriptors are one for both.
 #[derive(Debug)]
 pub struct EventLoop {
+    process: Process,
     epoll: OwnedFd,
     wakeup: Wakeup,
     /// Expires with the first timer, so that whoever waits for the loop from outside is told of timers too.
@@ -119,13 +122,20 @@ impl EventLoop {
             .map_err(Error::os("creating a timerfd"))?;
         epoll::add(&epoll, &timer, EventData::new_u64(Token::TIMER), EventFlags::IN)
             .map_err(Error::os("watching the loop's own timerfd"))?;
-        Ok(Self { epoll, wakeup: Wakeup(Arc::new(wake)), timer, timers: Mutex::default(), thread: Mutex::default() })
+        Ok(Self {
+            process: Process::current(),
+            epoll,
+            wakeup: Wakeup(Arc::new(wake)),
+            timer,
+            timers: Mutex::default(),
+            thread: Mutex::default(),
+        })
     }
 
     /// Whether the caller is on the thread that runs the loop.
     #[must_use]
     pub fn is_this_thread(&self) -> bool {
-        *self.thread() == Some(std::thread::current().id())
+        self.process.is_current() && *self.thread() == Some(std::thread::current().id())
     }
 
     #[must_use]
@@ -135,6 +145,7 @@ impl EventLoop {
 
     /// Report `descriptor` as `token` while it is ready. It must be forgotten before it is closed.
     pub fn watch(&self, descriptor: impl AsFd, token: Token, interest: Interest) -> Result<(), Error> {
+        self.check_process()?;
         epoll::add(&self.epoll, descriptor, EventData::new_u64(token.to_data()), interest.flags())
             .map_err(Error::os("watching a descriptor"))
     }
@@ -142,6 +153,7 @@ impl EventLoop {
     /// Report `descriptor` as `token` whenever it becomes readable, or more readable than it was. It must be forgotten before
     /// it is closed.
     pub fn watch_edges(&self, descriptor: impl AsFd, token: Token) -> Result<(), Error> {
+        self.check_process()?;
         let flags = EventFlags::IN | EventFlags::ET;
         epoll::add(&self.epoll, descriptor, EventData::new_u64(token.to_data()), flags)
             .map_err(Error::os("watching a descriptor"))
@@ -149,13 +161,16 @@ impl EventLoop {
 
     /// Change what is waited for.
     pub fn change(&self, descriptor: impl AsFd, token: Token, interest: Interest) -> Result<(), Error> {
+        self.check_process()?;
         epoll::modify(&self.epoll, descriptor, EventData::new_u64(token.to_data()), interest.flags())
             .map_err(Error::os("watching a descriptor for something else"))
     }
 
     /// Stop watching. Forgetting what is not watched is fine.
     pub fn forget(&self, descriptor: impl AsFd) {
-        let _ = epoll::delete(&self.epoll, descriptor);
+        if self.process.is_current() {
+            let _ = epoll::delete(&self.epoll, descriptor);
+        }
     }
 
     /// Report a timer once, at `at`. Returns its identity.
@@ -182,6 +197,7 @@ impl EventLoop {
     /// Wait until something happens, `timeout` passes or a signal arrives; then append what happened. Returns whether
     /// something did, or another thread woke the loop.
     pub fn wait(&self, timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<bool, Error> {
+        self.check_process()?;
         *self.thread() = Some(std::thread::current().id());
         let timeout =
             timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
@@ -209,6 +225,16 @@ impl EventLoop {
         Ok(happened)
     }
 
+    /// The process that runs this loop.
+    #[must_use]
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    fn check_process(&self) -> Result<(), Error> {
+        if self.process.is_current() { Ok(()) } else { Err(Error::AnotherProcess("the device that is being served")) }
+    }
+
     fn collect_timers(&self, events: &mut Vec<Event>) {
         let mut timers = self.timers();
         timers.armed = None;
@@ -225,6 +251,9 @@ impl EventLoop {
     }
 
     fn arm(&self, at: Instant) {
+        if !self.process.is_current() {
+            return;
+        }
         // Zero would disarm it.
         let left = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };

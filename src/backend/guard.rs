@@ -8,10 +8,12 @@
 use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::io::{ReadWriteFlags, preadv2, write};
+
+use crate::process::ProcessLock;
 
 /// Between two looks. A write that is under way at both of them does not come back.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -30,13 +32,14 @@ pub(super) struct Guarded {
 
 const NOTHING_UNDER_WAY: u64 = u64::MAX;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Guard {
     watched: Vec<Weak<Guarded>>,
     is_running: bool,
 }
 
-static GUARD: Mutex<Guard> = Mutex::new(Guard { watched: Vec::new(), is_running: false });
+/// A child that is forked has no such thread, until it starts one for its own descriptors.
+static GUARD: ProcessLock<Guard> = ProcessLock::new();
 
 impl Guarded {
     pub(super) fn new(descriptor: OwnedFd) -> Arc<Self> {
@@ -47,7 +50,7 @@ impl Guarded {
             seen: AtomicU64::new(NOTHING_UNDER_WAY),
             is_given_up: AtomicBool::new(false),
         });
-        let mut guard = guard();
+        let mut guard = GUARD.lock();
         guard.watched.push(Arc::downgrade(&guarded));
         if !guard.is_running {
             let thread = std::thread::Builder::new().name("vhost-user guard".to_owned());
@@ -93,12 +96,8 @@ fn run() {
 
 /// Those that somebody may write to. If there are none, the thread has to end.
 fn still_watched() -> Option<Vec<Arc<Guarded>>> {
-    let mut guard = guard();
+    let mut guard = GUARD.lock();
     guard.watched.retain(|guarded| guarded.strong_count() > 0);
     guard.is_running = !guard.watched.is_empty();
     guard.is_running.then(|| guard.watched.iter().filter_map(Weak::upgrade).collect())
-}
-
-fn guard() -> MutexGuard<'static, Guard> {
-    GUARD.lock().unwrap_or_else(PoisonError::into_inner)
 }

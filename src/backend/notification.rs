@@ -15,6 +15,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::channel::{Channel, Notification};
 use super::guard::Guarded;
+use crate::process::Process;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -70,6 +71,7 @@ pub enum Kicked {
 /// who writes: it is read now and then, and always once a large number came.
 #[derive(Debug)]
 pub struct Kick {
+    process: Process,
     descriptor: OwnedFd,
     kind: Kind,
     is_eventfd: bool,
@@ -81,7 +83,14 @@ pub struct Kick {
 
 impl Kick {
     pub fn new(descriptor: OwnedFd) -> Self {
-        Self { kind: kind_of(&descriptor), is_eventfd: is_eventfd(&descriptor), is_modest: true, spared: 0, descriptor }
+        Self {
+            process: Process::current(),
+            kind: kind_of(&descriptor),
+            is_eventfd: is_eventfd(&descriptor),
+            is_modest: true,
+            spared: 0,
+            descriptor,
+        }
     }
 
     /// The descriptor became readable.
@@ -138,9 +147,9 @@ fn kicked(outcome: Result<usize, Errno>) -> Kicked {
 
 impl Drop for Kick {
     /// Who has an eventfd afterwards, say a front-end that does the work itself, should not take what was left in it for a
-    /// kick.
+    /// kick. In a forked child it is its parent's.
     fn drop(&mut self) {
-        if self.is_eventfd {
+        if self.is_eventfd && self.process.is_current() {
             let _ = self.read(&mut [0; 8]);
         }
     }

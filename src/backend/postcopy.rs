@@ -15,6 +15,7 @@ use rustix::io::{Errno, write};
 
 use crate::error::Error;
 use crate::memory::{Region, Snapshot, Userfault};
+use crate::process::Process;
 
 /// What the front-end has said of it.
 #[derive(Debug, Default)]
@@ -92,6 +93,7 @@ impl Postcopy {
 /// Sees to it that nobody waits for a page that nobody provides.
 #[derive(Debug)]
 pub(super) struct Guard {
+    process: Process,
     shared: Arc<Shared>,
     quit: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -125,7 +127,7 @@ impl Guard {
                 }
             })
             .map_err(os("starting a thread"))?;
-        Ok(Self { shared, quit, thread: Some(thread) })
+        Ok(Self { process: Process::current(), shared, quit, thread: Some(thread) })
     }
 
     fn register(&self, regions: &[Arc<Region>]) -> Result<(), Error> {
@@ -169,6 +171,10 @@ impl Guard {
 impl Drop for Guard {
     /// What is registered still never comes: requests that outlive the session must not wait for it.
     fn drop(&mut self) {
+        if !self.process.is_current() {
+            // The pages are those of the parent, and so is the thread.
+            return;
+        }
         self.stop();
         self.shared.abandon();
     }

@@ -16,6 +16,7 @@ use super::notification::{Call, Kick, Kicked};
 use super::translation::Translation;
 use crate::error::RingError;
 use crate::memory::{DirtyLog, IovaRange, Snapshot};
+use crate::process::Process;
 use crate::virtqueue::{
     Big, Chain, InflightSlot, Little, PackedRing, Ring, RingAddresses, RingLimits, RingOptions, RingPointers,
     SplitRing, Used, Written,
@@ -203,9 +204,10 @@ struct Inner {
     translation: Translation,
 }
 
-/// A queue. All methods may be called from any thread.
+/// A queue. All methods may be called from any thread. In a forked child it is stopped for good.
 #[derive(Debug)]
 pub struct Vring {
+    process: Process,
     index: u16,
     inner: Mutex<Inner>,
     /// The current run's; written under the lock, read without it.
@@ -242,6 +244,7 @@ impl Vring {
             translation: Translation::default(),
         };
         Self {
+            process: Process::current(),
             index,
             inner: Mutex::new(inner),
             generation: AtomicU64::new(0),
@@ -273,8 +276,18 @@ impl Vring {
         self.index
     }
 
+    /// Whether this is the process that serves it, and no child that was forked from that.
+    #[inline]
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.process.is_current()
+    }
+
     #[must_use]
     pub fn status(&self) -> VringStatus {
+        if !self.is_ours() {
+            return VringStatus::Stopped;
+        }
         let inner = self.lock();
         match &inner.state {
             State::Stopped { .. } => VringStatus::Stopped,
@@ -289,6 +302,9 @@ impl Vring {
     /// Take up to `max` chains, in the driver's order, appending them to `chains`; chains that `spare` holds are used
     /// again. Empty only after the driver was asked to kick.
     pub fn take(&self, max: usize, chains: &mut Vec<Chain>, spare: &mut Vec<Chain>) -> Taken {
+        if !self.is_ours() {
+            return Taken::NotRunning;
+        }
         let mut inner = self.lock();
         if !inner.may_process() {
             self.want(&mut inner);
@@ -331,6 +347,9 @@ impl Vring {
     /// Ask the driver to kick, unless there is something to take: then it returns true. Cheaper than to [`take`](Self::take)
     /// nothing.
     pub fn rest(&self) -> bool {
+        if !self.is_ours() {
+            return false;
+        }
         let mut inner = self.lock();
         if !inner.may_process() {
             return false;
@@ -349,6 +368,9 @@ impl Vring {
     /// Take up to `max` chains, one after the other, let `fill` write to each and say how many bytes, and give them back
     /// together. A chain of which it says None stays the driver's, and is the last. `fill` must not wait for anything.
     pub fn fill(&self, max: usize, mut fill: impl FnMut(&Chain) -> Option<u32>) -> Filled {
+        if !self.is_ours() {
+            return Filled { count: 0, broken: None };
+        }
         let mut inner = self.lock();
         if !inner.may_process() {
             self.want(&mut inner);
@@ -408,6 +430,9 @@ impl Vring {
 
     /// Notify the driver of what was given back, if it wants that and has not been.
     pub fn notify(&self) {
+        if !self.is_ours() {
+            return;
+        }
         let mut inner = self.lock();
         let State::Running { ring, .. } = &mut inner.state else { return };
         let Some(wanted) = on_ring!(ring, ring => ring.decide()) else { return };
@@ -418,6 +443,9 @@ impl Vring {
 
     fn give_back(&self, run: &Run, used: &[Used], chains: &[Chain], notify: bool) -> bool {
         debug_assert_eq!(used.len(), chains.len());
+        if !self.is_ours() {
+            return false;
+        }
         let mut inner = self.lock();
         // Also for an earlier run: its memory was written to. And before anything is published, under the lock that a
         // change of the log takes as well: whoever swaps the log finds every mark in one or the other.
@@ -452,15 +480,18 @@ impl Vring {
         self.statistics.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Whether requests of `run` may still be worked on. False once the driver that made them is gone.
+    /// Whether requests of `run` may still be worked on, here. False once the driver that made them is gone.
     #[must_use]
     pub fn is_current(&self, run: &Run) -> bool {
-        run.generation == self.generation.load(Ordering::Relaxed)
+        run.generation == self.generation.load(Ordering::Relaxed) && self.is_ours()
     }
 
     /// Chains that the device has taken and not given back.
     #[must_use]
     pub fn in_flight(&self) -> usize {
+        if !self.is_ours() {
+            return 0;
+        }
         let inner = self.lock();
         match &inner.state {
             State::Running { ring, .. } => usize::from(ring.in_flight()) - inner.held.len(),
@@ -471,6 +502,9 @@ impl Vring {
     /// Chains that the driver has made available and nobody has taken.
     #[must_use]
     pub fn available(&self) -> usize {
+        if !self.is_ours() {
+            return 0;
+        }
         let mut inner = self.lock();
         if !inner.may_process() {
             self.want(&mut inner);
@@ -486,6 +520,9 @@ impl Vring {
 
     /// The kick descriptor became readable. One that will never be useful again is handed to `retire`.
     pub fn on_kick(&self, retire: impl FnOnce(&Kick)) {
+        if !self.is_ours() {
+            return;
+        }
         let mut inner = self.lock();
         let Some(KickSource::Descriptor(kick)) = &mut inner.kick else { return };
         match kick.consume() {

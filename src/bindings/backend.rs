@@ -219,6 +219,7 @@ impl Backend {
     /// the loop goes on.
     #[pyo3(signature = (timeout = None))]
     fn dispatch(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        self.check_process(py)?;
         if self.dispatching.swap(true, Ordering::Acquire) {
             return Err(errors::state_error(py, "the loop of the device is running already"));
         }
@@ -235,6 +236,12 @@ impl Backend {
         let timeout = is_main.then_some(SIGNAL_PATIENCE);
         while self.dispatch(py, timeout)? {}
         Ok(())
+    }
+
+    /// Whether this is a child that was forked from the process that serves the device. It leaves it alone.
+    #[getter]
+    fn forked(&self) -> bool {
+        !self.events.process().is_current()
     }
 
     /// Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of.
@@ -256,6 +263,9 @@ impl Backend {
 
     /// End the loop, after requests in flight are done. From any thread.
     fn stop(&self) {
+        if self.forked() {
+            return;
+        }
         self.stopping.store(true, Ordering::Release);
         self.events.wakeup().wake();
     }
@@ -265,10 +275,15 @@ impl Backend {
         let worker = self.workers.get(index);
         let worker =
             worker.ok_or_else(|| PyIndexError::new_err(format!("there are {} workers", self.workers.len())))?;
-        if let Err(error) = worker.run(py, self) {
-            self.end_with(to_python(py, error));
+        match worker.run(py, self) {
+            // A handler forked: what it raised in the child, if anything, has nobody else to go to.
+            _ if self.forked() => Err(lock(&self.fatal).take().unwrap_or_else(|| another_process(py))),
+            Err(error) => {
+                self.end_with(to_python(py, error));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
-        Ok(())
     }
 
     /// End the workers, each after the requests that it has begun with. From any thread.
@@ -279,7 +294,7 @@ impl Backend {
     /// Whether a front-end is connected.
     #[getter]
     fn connected(&self) -> bool {
-        self.connected.load(Ordering::Acquire)
+        self.connected.load(Ordering::Acquire) && !self.forked()
     }
 
     /// Call `callback(readable, writable)` while `fd` is ready. Returns what :meth:`unwatch` takes.
@@ -478,6 +493,10 @@ impl Backend {
 }
 
 impl Backend {
+    fn check_process(&self, py: Python<'_>) -> PyResult<()> {
+        if self.forked() { Err(another_process(py)) } else { Ok(()) }
+    }
+
     fn vring(&self, queue: usize) -> PyResult<&Arc<Vring>> {
         self.vrings.get(queue).ok_or_else(|| {
             PyIndexError::new_err(format!("queue {queue} does not exist; there are {}", self.vrings.len()))
@@ -569,6 +588,9 @@ impl Backend {
         for event in events.drain(..) {
             turn.on_event(event);
         }
+        if self.forked() {
+            return Err(turn.end_of_child());
+        }
         self.channel.settle();
         let pending = {
             let mut inner = lock(&self.inner);
@@ -576,6 +598,9 @@ impl Backend {
             std::mem::take(&mut inner.pending)
         };
         turn.look_at_pending(pending, if looked { &before } else { &[] });
+        if self.forked() {
+            return Err(turn.end_of_child());
+        }
         turn.with_session(|session, hooks| session.resume(hooks));
         turn.schedule_polling();
         if let Some(error) = turn.fatal {
@@ -619,6 +644,11 @@ pub(super) struct Turn<'a, 'py> {
 impl<'a, 'py> Turn<'a, 'py> {
     pub(super) fn new(backend: &'a Backend, py: Python<'py>, polls: bool) -> Self {
         Self { backend, py, polls, fatal: None }
+    }
+
+    /// What ends a child that a handler, or a hook, has forked.
+    fn end_of_child(self) -> PyErr {
+        self.fatal.unwrap_or_else(|| another_process(self.py))
     }
 
     /// What is to be raised after the turn.
@@ -851,6 +881,11 @@ impl<'a, 'py> Turn<'a, 'py> {
 
 impl Failures for Turn<'_, '_> {
     fn request_failed(&mut self, request: &Py<Request>, error: &PyErr) {
+        if self.backend.forked() {
+            // The request is the parent's, and so is the device.
+            self.fatal.get_or_insert_with(|| error.clone_ref(self.py));
+            return;
+        }
         let queue = request.get().queue();
         self.backend.vrings[usize::from(queue)].count_error();
         self.tell("request_failed", (queue, request, with_traceback(self.py, error)));
@@ -914,6 +949,10 @@ fn answered(py: Python<'_>, then: &Py<PyAny>, outcome: Result<Granted, Error>) {
     if let Err(error) = result {
         error.write_unraisable(py, Some(then.bind(py)));
     }
+}
+
+fn another_process(py: Python<'_>) -> PyErr {
+    to_python(py, Error::AnotherProcess("the device that is being served"))
 }
 
 /// The exception object of an error. Python 3.11 keeps the traceback apart until somebody puts them together.

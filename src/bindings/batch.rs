@@ -145,6 +145,10 @@ impl Workspace {
             self.call(py, handler, &request, failures);
             self.finish_and_keep(py, request);
             self.give_back(origin, &mut lead);
+            if !origin.vring.is_ours() {
+                // The handler forked, and this is the child: the others are its parent's.
+                break;
+            }
         }
         self.chains = chains;
         Ok(())

@@ -40,7 +40,7 @@ pub(super) fn to_python(py: Python<'_>, error: Error) -> PyErr {
         }
         Error::Timeout(_) => peer_timeout(py, message),
         Error::Closed(_) => peer_closed(py, message),
-        Error::State(_) => state_error(py, message),
+        Error::State(_) | Error::AnotherProcess(_) => state_error(py, message),
         Error::Interrupted => pyo3::exceptions::PyInterruptedError::new_err(message),
         Error::Os { context, source } => match source.raw_os_error() {
             Some(code) => pyo3::exceptions::PyOSError::new_err((code, format!("{context}: {source}"))),

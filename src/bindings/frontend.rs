@@ -298,6 +298,12 @@ impl Frontend {
         py.detach(|| self.core.close());
     }
 
+    /// Whether this is a child that was forked from the process that drives the device. It leaves it alone.
+    #[getter]
+    fn forked(&self) -> bool {
+        self.core.is_forked()
+    }
+
     /// The socket to the back-end.
     fn fileno(&self) -> i32 {
         self.core.socket().as_raw_fd()

@@ -76,6 +76,9 @@ impl Worker {
             if let Some(error) = turn.into_fatal() {
                 backend.end_with(error);
             }
+            if !self.events.process().is_current() {
+                return Ok(());
+            }
             // Guest memory was taken away under a handler, which only a session can end for.
             if std::mem::replace(&mut faults, faults_seen()) != faults {
                 backend.wake();

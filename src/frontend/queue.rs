@@ -15,6 +15,7 @@ use super::session::InBand;
 use super::{Frontend, Memory, lock};
 use crate::error::{Error, RingError};
 use crate::memory::Snapshot;
+use crate::process::Process;
 use crate::protocol::{FrontendMessage, ProtocolFeatures, VirtioFeatures, VringAddress, VringDescriptor, VringState};
 use crate::virtqueue::{
     Big, Driver, Element, Indirect, Little, MAX_QUEUE_SIZE, PackedDriver, RingAddresses, RingOptions, SplitDriver, Used,
@@ -70,6 +71,7 @@ pub struct Completion {
 /// Drop it after the device was reset or the queue stopped: its memory is free again then.
 #[derive(Debug)]
 pub struct Queue {
+    process: Process,
     /// The session of today: a queue may outlive it.
     frontend: Mutex<Arc<Frontend>>,
     memory: Arc<Memory>,
@@ -167,6 +169,7 @@ impl Queue {
         let event =
             || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::os("making an eventfd"));
         Ok(Self {
+            process: Process::current(),
             device_offset: frontend.device_offset(),
             frontend: Mutex::new(frontend),
             memory,
@@ -280,6 +283,7 @@ impl Queue {
             let state = VringState { index: self.index.into(), num: 0 };
             return self.frontend().tell(&FrontendMessage::VringKick(state), &[]);
         }
+        self.check_process()?;
         signal(&self.kick);
         Ok(())
     }
@@ -294,7 +298,7 @@ impl Queue {
     ///
     /// `readable` is what the device gets, `writable` the sizes of what it may fill. Parts of no bytes are left out.
     pub fn submit(&self, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {
-        let mut state = lock(&self.state);
+        let mut state = self.state()?;
         let token = self.add(&mut state, readable, writable)?;
         let kick = state.ring.publish();
         drop(state);
@@ -306,12 +310,12 @@ impl Queue {
 
     /// A completion, if there is one: that of `token`, or whichever came first.
     pub fn poll(&self, token: Option<u64>) -> Result<Option<Completion>, Error> {
-        self.take(&mut lock(&self.state), token)
+        self.take(&mut *self.state()?, token)
     }
 
     /// A completion, waiting for it until `deadline`.
     pub fn wait(&self, token: Option<u64>, deadline: Instant) -> Result<Completion, Error> {
-        let mut state = lock(&self.state);
+        let mut state = self.state()?;
         loop {
             if let Some(completion) = self.take(&mut state, token)? {
                 return Ok(completion);
@@ -327,8 +331,8 @@ impl Queue {
     /// Returns whether something came that [`poll`](Self::poll) should look at first.
     pub fn arm(&self) -> Result<bool, Error> {
         // It may not have been notified at all.
+        let mut state = self.state()?;
         let _ = read(&self.call, &mut [0; 8]);
-        let mut state = lock(&self.state);
         let came = self.on_ring(&mut state, |ring| ring.enable_calls(1))?;
         Ok(came || !state.done.is_empty())
     }
@@ -369,12 +373,12 @@ impl Queue {
 
     /// Work on the ring itself, for those who keep account of their requests: such a queue is not submitted to.
     pub(super) fn with_ring<T>(&self, work: impl FnOnce(&mut AnyDriver) -> Result<T, RingError>) -> Result<T, Error> {
-        self.on_ring(&mut lock(&self.state), work)
+        self.on_ring(&mut *self.state()?, work)
     }
 
     /// Likewise, wait for the device to complete something, until `deadline`: it need not have.
     pub(super) fn wait_for_call(&self, deadline: Instant) -> Result<(), Error> {
-        match self.wait_once(lock(&self.state), deadline) {
+        match self.wait_once(self.state()?, deadline) {
             Ok(_) | Err(Error::Timeout(_)) => Ok(()),
             Err(other) => Err(other),
         }
@@ -405,6 +409,16 @@ impl Queue {
     #[must_use]
     pub fn indirect(&self) -> bool {
         self.indirect
+    }
+
+    fn check_process(&self) -> Result<(), Error> {
+        if self.process.is_current() { Ok(()) } else { Err(Error::AnotherProcess("the connection to the device")) }
+    }
+
+    /// The ring, which a forked child leaves to its parent.
+    fn state(&self) -> Result<MutexGuard<'_, State>, Error> {
+        self.check_process()?;
+        Ok(lock(&self.state))
     }
 
     fn add(&self, state: &mut State, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {

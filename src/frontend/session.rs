@@ -17,6 +17,7 @@ use super::windows::Windows;
 use super::{DirtyLog, Memory, lock};
 use crate::error::Error;
 use crate::memory::{IovaRange, Permission, Snapshot};
+use crate::process::Process;
 use crate::protocol::{
     Answer, BackendMessage, BackendRequest, Config, DeviceState, Empty, Flags, FrontendMessage, FrontendRequest, Gate,
     Ignored, Inflight, Iotlb, LogBase, MemoryTable, Payload, ProtocolFeatures, Region, SingleRegion, U64,
@@ -44,6 +45,7 @@ const SLICE: Duration = Duration::from_millis(50);
 /// have come before; a refusal does not.
 #[derive(Debug)]
 pub struct Frontend {
+    process: Process,
     main: Mutex<Main>,
     /// The socket of `main`, to wait for without taking the lock.
     socket: OwnedFd,
@@ -169,6 +171,7 @@ impl Frontend {
         let again =
             socket.try_clone().map_err(|source| Error::Os { context: "dup of the socket".to_owned(), source })?;
         Ok(Self {
+            process: Process::current(),
             main: Mutex::new(Main { connection: Connection::new(socket)?, over: None }),
             socket: again,
             timeout,
@@ -195,8 +198,22 @@ impl Frontend {
     /// End the session. Whoever waits for the back-end is told.
     pub fn close(&self) {
         // A socket that is not connected any more is closed enough.
+        // The child of a fork has another descriptor of the same socket, which its parent goes on with.
+        if self.is_forked() {
+            return;
+        }
         let _ = shutdown(&self.socket, Shutdown::Both);
         lock(&self.main).over.get_or_insert_with(|| "it was closed on this side".to_owned());
+    }
+
+    /// Whether this is a child that was forked from the process that drives the device.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        !self.process.is_current()
+    }
+
+    fn check_process(&self) -> Result<(), Error> {
+        if self.is_forked() { Err(Error::AnotherProcess("the connection to the device")) } else { Ok(()) }
     }
 
     /// The socket to the back-end, for those who send what no message is.
@@ -612,6 +629,7 @@ impl Frontend {
     /// The next event, waiting for it until `deadline`. None if there was none.
     pub fn next_event(&self, deadline: Instant) -> Result<Option<Event>, Error> {
         loop {
+            self.check_process()?;
             if read(&self.event_count, &mut [0; 8]).is_ok() {
                 return Ok(lock(&self.events).pop_front());
             }
@@ -639,6 +657,7 @@ impl Frontend {
         payload: &[u8],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Option<Reply>, Error> {
+        self.check_process()?;
         let outcome = self.exchange_alone(&mut lock(&self.main), request, payload, descriptors);
         self.answer_questions();
         outcome
@@ -766,6 +785,7 @@ impl Frontend {
         wanted: [BorrowedFd<'_>; N],
         deadline: Instant,
     ) -> Result<[bool; N], Error> {
+        self.check_process()?;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {

@@ -3,8 +3,9 @@
 //! A page that lost its file is replaced by a private zero page, and its region is marked; the session that owns the
 //! region sees the mark and ends. A SIGBUS anywhere else goes to whoever handled it before us.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+use crate::process::ProcessLock;
 
 /// A mapped range that the handler knows. Never freed, because a handler may be reading it; reused instead.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub(super) struct Watched {
 
 static HEAD: AtomicPtr<Watched> = AtomicPtr::new(std::ptr::null_mut());
 static FAULTS: AtomicU64 = AtomicU64::new(0);
-static REGISTRATION: Mutex<()> = Mutex::new(());
+static REGISTRATION: ProcessLock<()> = ProcessLock::new();
 /// The disposition that was there before ours; leaked, because a handler may be reading it.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 static GAVE_UP: AtomicBool = AtomicBool::new(false);
@@ -35,7 +36,7 @@ pub fn faults_seen() -> u64 {
 /// Watch `start..end`, whose pages have `page` bytes, and belong to `original`, if that is given.
 pub(super) fn watch(start: usize, end: usize, page: usize, original: Option<&'static Watched>) -> &'static Watched {
     let original = original.map_or(std::ptr::null_mut(), |original| std::ptr::from_ref(original).cast_mut());
-    let _guard = REGISTRATION.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _guard = REGISTRATION.lock();
     install();
     let mut node = HEAD.load(Ordering::Acquire);
     // SAFETY: nodes are leaked boxes, so every pointer in the list stays valid for ever.
