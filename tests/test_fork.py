@@ -183,7 +183,9 @@ def test_a_child_that_a_handler_forks_ends_alone(
 ) -> None:
     path = tmp_path / "forking.sock"
     command = [sys.executable, "-W", "error", "-c", HANDLER, str(path), str(workers)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             wait_until(path.exists, "the device is served")
             for _ in range(2):
@@ -199,7 +201,9 @@ def test_a_child_that_a_handler_forks_ends_alone(
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=DEADLINE)
         finally:
-            process.kill()
+            # With it, the children that it may have left.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert output == "stopped True\n"
     assert complaint in errors
 

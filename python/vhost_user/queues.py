@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
-from ._core import Request, read_each, unpack_each, write_each, write_tail_each
+from ._core import Complaints, Request, read_each, unpack_each, write_each, write_tail_each
 from .errors import DeclarationError, QueueFull, RequestOverflow
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ class DeviceQueue:
         self.max_request = declaration.max_request
         self._backlog_limit = declaration.backlog
         self._backlog: deque[bytes] = deque()
+        self._misfits = Complaints()
         self._backend: Backend | None = None
         #: The counters of earlier times in which the device was served.
         self._earlier = QueueStatistics()
@@ -318,7 +319,10 @@ class DeviceQueue:
                 except RequestOverflow as error:
                     import logging
 
-                    logging.getLogger(__name__).error("%s; it is dropped from the backlog", error)
+                    from ._complaints import report
+
+                    logger = logging.getLogger(__name__)
+                    report(logger, self._misfits, "%s; it is dropped from the backlog", error)
                 self._backlog.popleft()
             if not self._backlog:
                 self._buffers.notify_all()

@@ -24,7 +24,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from .. import config
-from .._core import Request
+from .._complaints import report
+from .._core import Complaints, Request
 from ..device import Device
 from ..errors import ProtocolError, QueueFull, RequestRevoked
 from ..ids import DeviceId
@@ -36,6 +37,9 @@ F_SIZE = 1 << 0
 
 #: Bytes that are kept for a side that does not take them.
 BACKLOG = 1 << 16
+
+#: Buffers that are filled before others have their turn: a driver may offer ever more, and without room.
+TURN = 64
 
 #: Seconds for which Linux throws away what is typed, after it has set up the queue for it, and without saying so.
 DEAF = 0.1
@@ -115,10 +119,13 @@ class Console(Device, device_id=DeviceId.CONSOLE):
         self._typed += data
         # What a driver that breaks its queue, or goes away at this very moment, does not get is for the next one.
         with contextlib.suppress(ProtocolError, RequestRevoked):
-            while self._typed and self._is_heard and (buffer := self.receiveq.take()):
+            for _ in range(TURN):
+                if not self._typed or not self._is_heard or not (buffer := self.receiveq.take()):
+                    return
                 count = buffer.write(self._typed[: buffer.writable])
                 buffer.complete()
                 del self._typed[:count]
+            self.loop.call_soon(lambda: self.on_buffers(self.receiveq))
 
 
 class StreamConsole(Console):
@@ -132,7 +139,7 @@ class StreamConsole(Console):
         super().__init__(cols=cols, rows=rows)
         self._stream: _Stream | None = None
         self._printed = bytearray()
-        self._is_losing = False
+        self._losses = Complaints()
         if file is not None:
             self._stream = _Stream(os.dup(file if isinstance(file, int) else file.fileno()))
 
@@ -149,9 +156,8 @@ class StreamConsole(Console):
         excess = len(self._printed) - BACKLOG
         if excess > 0:
             del self._printed[:excess]
-            if not self._is_losing:
-                logger.warning("nobody reads what the guest prints; its last %d bytes are kept", BACKLOG)
-        self._is_losing = excess > 0
+            text = "nobody reads what the guest prints; its last %d bytes are kept"
+            report(logger, self._losses, text, BACKLOG, level=logging.WARNING)
 
     def on_stream_end(self) -> None:
         """Whoever was at the other end of the stream is gone."""

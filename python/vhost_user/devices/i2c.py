@@ -35,6 +35,9 @@ HEADER = struct.Struct("<HxxI")
 FAIL_NEXT = 1 << 0
 M_RD = 1 << 1
 
+#: Bytes in a message: Linux counts them in 16 bits. Whoever emulates a chip goes through them one by one.
+MAX_MESSAGE = 0xFFFF
+
 OK = b"\0"
 ERR = b"\1"
 
@@ -89,25 +92,26 @@ class Target:
         if not data:
             return
         self._choose(data[0])
-        rest = data[1:]
-        while rest:
+        at = 1
+        while at < len(data):
             register = self._choose(self._chosen)
             if register.read_only:
                 raise Nack(f"{register.name} is read-only")
-            if len(rest) < register.width:
-                raise Nack(f"{register.name} has {register.width} bytes, not {len(rest)}")
-            value, rest = rest[: register.width], rest[register.width :]
+            value = data[at : at + register.width]
+            if len(value) < register.width:
+                raise Nack(f"{register.name} has {register.width} bytes, not {len(value)}")
             register.write_from_bus(self, value)
             self._chosen += self.auto_increment
+            at += register.width
 
     def read(self, count: int) -> bytes:
         """The driver reads `count` bytes: as many have to be returned."""
-        data = b""
+        data = bytearray()
         while len(data) < count:
             register = self._registers.get(self._chosen)
             data += register.encode(register.__get__(self, type(self))) if register else b"\xff"
             self._chosen += self.auto_increment
-        return data[:count]
+        return bytes(data[:count])
 
     def stop(self) -> None:
         """The transfer, of one message or of several, has ended."""
@@ -277,7 +281,12 @@ class Adapter(Device, device_id=DeviceId.I2C_ADAPTER):
             raise Nack("there is no target")
         if target not in self._addressed:
             self._addressed.append(target)
-        data, count = request.read(), request.writable - len(OK)
+        length, count = request.readable, request.writable - len(OK)
+        if max(length, count) > MAX_MESSAGE:
+            raise RequestError(
+                f"a message of {max(length, count)} bytes is too long: at most {MAX_MESSAGE} pass the bus"
+            )
+        data = request.read()
         if data if reads else count:
             raise RequestError(f"a message reads or writes, and cannot have {len(data)} bytes and room for {count}")
         if not reads:
