@@ -160,9 +160,19 @@ class Complaints:
 class Blocks:
     """A disk of so many sectors of 512 bytes in `file`, which has to stay open: reads, and with `writes` writes, are
     answered without the interpreter. What :meth:`Queue.blocks` returns. Virtio 1.3, section 5.2.6.
+
+    With `lasting`, names of attributes of the device and what they are, the method is not called again while each of
+    them is that very object, the configuration space stays what it is, and the device hears nothing else of the driver.
     """
 
-    def __new__(cls, file: int | _HasFileno, sectors: int, writes: bool) -> Blocks: ...
+    def __new__(
+        cls,
+        file: int | _HasFileno,
+        sectors: int,
+        writes: bool,
+        *,
+        lasting: list[tuple[str, object]] | None = None,
+    ) -> Blocks: ...
 
 @final
 class Backend:

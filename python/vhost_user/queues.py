@@ -89,6 +89,8 @@ class Queue:
     def blocks(self, method: Handler) -> Handler:
         """Call `method(self)` for every batch of requests; the :class:`Blocks` that it returns does what it can.
 
+        One that is lasting is kept for the next batches, as long as what it says of the device is true.
+
         For disks: plain reads and writes of a file then need neither a handler nor the interpreter. Other requests are
         left to the handlers that there are, and so are all if it returns None. A subclass that declares a handler of
         its own for the queue replaces it, too.

@@ -72,6 +72,8 @@ pub struct Backend {
     /// Queues that broke while another thread took from them.
     broken: Mutex<Vec<(u16, RingError)>>,
     next_watcher: AtomicU32,
+    /// Goes up after everything that may have changed the device.
+    changes: AtomicU64,
     connected: AtomicBool,
 }
 
@@ -173,6 +175,7 @@ impl Backend {
             fatal: Mutex::default(),
             broken: Mutex::default(),
             next_watcher: AtomicU32::new(0),
+            changes: AtomicU64::new(0),
             connected: AtomicBool::new(false),
         })
     }
@@ -347,7 +350,9 @@ impl Backend {
 
     /// Replace bytes of the configuration space.
     fn config_write(&self, offset: usize, data: &[u8]) -> PyResult<()> {
-        self.config.write(offset, data).map_err(PyIndexError::new_err)
+        self.config.write(offset, data).map_err(PyIndexError::new_err)?;
+        self.count_change();
+        Ok(())
     }
 
     /// Tell the driver that the configuration space changed.
@@ -548,6 +553,11 @@ impl Backend {
         let later = lock(&self.fatal).replace(error);
         drop(later);
         self.wake();
+    }
+
+    /// What is known of the device may not be true any more.
+    fn count_change(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// Make the loop look at everything.
@@ -782,12 +792,14 @@ impl<'a, 'py> Turn<'a, 'py> {
             return false;
         };
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
+        let changes = &self.backend.changes;
         let begin = Instant::now();
         let mut handled = false;
         loop {
             match workspace.take(vring) {
                 Taken::Chains(run) => {
-                    let result = workspace.handle(self.py, Origin { vring, run: &run, patience }, &handler, self);
+                    let result =
+                        workspace.handle(self.py, Origin { vring, run: &run, patience, changes }, &handler, self);
                     self.survive(result, "making a request");
                     handled = true;
                 }
@@ -846,6 +858,7 @@ impl<'a, 'py> Turn<'a, 'py> {
     /// Call a method of the runtime.
     fn tell(&mut self, method: &str, arguments: impl pyo3::call::PyCallArgs<'py>) {
         let result = self.backend.runtime.bind(self.py).call_method1(method, arguments);
+        self.backend.count_change();
         self.survive(result.map(drop), method);
     }
 
@@ -857,6 +870,7 @@ impl<'a, 'py> Turn<'a, 'py> {
         answer: impl FnOnce(Bound<'py, PyAny>) -> PyResult<T>,
     ) -> Result<T, String> {
         let result = self.backend.runtime.bind(self.py).call_method1(method, arguments).and_then(answer);
+        self.backend.count_change();
         result.map_err(|error| {
             let text = error.value(self.py).to_string();
             self.survive(Err(error), method);

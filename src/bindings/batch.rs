@@ -2,6 +2,7 @@
 //!
 //! Owns the objects that are used again for the next batch: requests that nobody kept, chains, lists.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -31,17 +32,23 @@ pub struct BatchHandler {
     together: Option<Py<PyAny>>,
     each: Option<Py<PyAny>>,
     blocks: Option<Py<PyAny>>,
+    /// Whose `blocks()` it is, if that is a method.
+    device: Option<Py<PyAny>>,
 }
 
 #[pymethods]
 impl BatchHandler {
     #[new]
-    fn new(together: Option<Py<PyAny>>, each: Option<Py<PyAny>>, blocks: Option<Py<PyAny>>) -> Self {
-        Self { together, each, blocks }
+    fn new(py: Python<'_>, together: Option<Py<PyAny>>, each: Option<Py<PyAny>>, blocks: Option<Py<PyAny>>) -> Self {
+        let device = blocks.as_ref().and_then(|blocks| blocks.getattr(py, "__self__").ok());
+        Self { together, each, blocks, device }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        [&self.together, &self.each, &self.blocks].into_iter().flatten().try_for_each(|handler| visit.call(handler))
+        [&self.together, &self.each, &self.blocks, &self.device]
+            .into_iter()
+            .flatten()
+            .try_for_each(|handler| visit.call(handler))
     }
 }
 
@@ -57,6 +64,8 @@ pub(super) struct Workspace {
     at_rest: usize,
     share: Share,
     turnaround: Turnaround,
+    /// What `blocks()` has returned, and when that was, as `Origin::changes` counts.
+    blocks: Option<(u64, Py<Blocks>)>,
 }
 
 /// How many requests of a queue are handled before the others, and the front-end, are looked at.
@@ -99,6 +108,8 @@ pub(super) struct Origin<'a> {
     pub(super) vring: &'a Arc<Vring>,
     pub(super) run: &'a Arc<Run>,
     pub(super) patience: Duration,
+    /// Another number after each change of the device that the core has heard of.
+    pub(super) changes: &'a AtomicU64,
 }
 
 /// Who hears of a request that failed.
@@ -162,7 +173,7 @@ impl Workspace {
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
         let transferred = match &handler.blocks {
-            Some(blocks) => self.transfer(py, origin, blocks),
+            Some(blocks) => self.transfer(py, origin, blocks, handler.device.as_ref()),
             None => Ok(()),
         };
         let handled = match (&handler.together, &handler.each) {
@@ -175,19 +186,37 @@ impl Workspace {
     }
 
     /// Let what `blocks` returns do what it can of the chains, without the interpreter. The others are left.
-    fn transfer(&mut self, py: Python<'_>, origin: Origin<'_>, blocks: &Py<PyAny>) -> PyResult<()> {
-        let blocks = blocks.call0(py)?;
-        if blocks.is_none(py) {
-            return Ok(());
-        }
-        let blocks = blocks.bind(py).cast::<Blocks>()?.get();
+    fn transfer(
+        &mut self,
+        py: Python<'_>,
+        origin: Origin<'_>,
+        blocks: &Py<PyAny>,
+        device: Option<&Py<PyAny>>,
+    ) -> PyResult<()> {
+        // What changes meanwhile is a reason to ask again. The chains were taken before, and who makes one after a change
+        // has the change taken into account.
+        let changes = origin.changes.load(Ordering::Acquire);
+        let lasts = |known: &(u64, Py<Blocks>)| {
+            known.0 == changes && device.is_some_and(|device| known.1.get().last(device.bind(py)))
+        };
+        let (at, blocks) = match self.blocks.take().filter(lasts) {
+            Some(known) => known,
+            None => {
+                let blocks = blocks.bind(py).call0()?;
+                if blocks.is_none() {
+                    return Ok(());
+                }
+                (changes, blocks.cast_into::<Blocks>()?.unbind())
+            }
+        };
+        let kept = blocks.get();
         py.detach(|| {
             let mut chains = std::mem::take(&mut self.chains);
             let mut left = Vec::new();
             let mut lead = self.turnaround.begin(origin.patience, chains.len());
             for chain in chains.drain(..) {
                 // SAFETY: the run keeps the snapshot of its chains.
-                match unsafe { blocks.transfer(&chain) } {
+                match unsafe { kept.transfer(&chain) } {
                     Some(used) => {
                         self.used.push(used);
                         self.spare.push(chain);
@@ -198,6 +227,7 @@ impl Workspace {
             }
             self.chains = if left.is_empty() { chains } else { left };
         });
+        self.blocks = Some((at, blocks));
         Ok(())
     }
 

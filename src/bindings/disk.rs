@@ -1,8 +1,12 @@
 //! What the requests of a disk ask for most of the time, without Python: blocks between a file and guest memory.
 
 use std::os::fd::BorrowedFd;
+use std::ptr::null_mut;
 
+use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+use pyo3::{PyTraverseError, PyVisit};
 
 use super::request::FileDescriptor;
 use crate::memory::transfer;
@@ -23,17 +27,42 @@ pub struct Blocks {
     file: FileDescriptor,
     sectors: u64,
     writes: bool,
+    /// As long as these attributes of a device are these objects, it has these blocks.
+    lasting: Option<Vec<(Py<PyString>, Py<PyAny>)>>,
 }
 
 #[pymethods]
 impl Blocks {
     #[new]
-    fn new(file: FileDescriptor, sectors: u64, writes: bool) -> Self {
-        Self { file, sectors, writes }
+    #[pyo3(signature = (file, sectors, writes, *, lasting = None))]
+    fn new(file: FileDescriptor, sectors: u64, writes: bool, lasting: Option<Vec<(Py<PyString>, Py<PyAny>)>>) -> Self {
+        Self { file, sectors, writes, lasting }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.lasting.iter().flatten().try_for_each(|(_, object)| visit.call(object))
     }
 }
 
 impl Blocks {
+    /// Whether `device`, which has had these blocks, need not be asked whether it still has.
+    pub(super) fn last(&self, device: &Bound<'_, PyAny>) -> bool {
+        let Some(lasting) = &self.lasting else { return false };
+        let py = device.py();
+        // SAFETY: the device is an object that we hold; what comes back is a new reference, or null with an exception set.
+        let own =
+            unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyObject_GenericGetDict(device.as_ptr(), null_mut())) };
+        let Some(own) = own.ok().and_then(|own| own.cast_into::<PyDict>().ok()) else { return false };
+        let class = device.get_type();
+        lasting.iter().all(|(name, object)| {
+            let found = match own.get_item(name) {
+                Ok(None) => class.getattr(name).ok(),
+                found => found.ok().flatten(),
+            };
+            found.is_some_and(|found| found.is(object))
+        })
+    }
+
     /// Do what a request asks for that reads or writes whole sectors of the disk, and write its status. None of every
     /// other, and of one that did not go well: that is for somebody who can say why.
     ///

@@ -233,7 +233,8 @@ class Blk(Device, device_id=DeviceId.BLOCK):
         basis = (runtime.config.version, runtime.negotiated, self.read_only)
         known, blocks = self._known_blocks
         if known != basis:
-            blocks = Blocks(self._fd, self.capacity, not self.read_only and self._has_cache)
+            plain = [("execute", EXECUTE), ("read", READ), ("write", WRITE), ("read_only", self.read_only)]
+            blocks = Blocks(self._fd, self.capacity, not self.read_only and self._has_cache, lasting=plain)
             # At once: another worker may be here, too.
             self._known_blocks = basis, blocks
         return blocks
