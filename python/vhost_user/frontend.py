@@ -808,6 +808,7 @@ class DriverQueue:
 
         Raises:
             StateError: the request does not fit into the queue or into memory now, or has no bytes at all.
+            VhostUserError: in-band, the device could not be notified. It may find the request all the same.
         """
         sources = [readable] if isinstance(readable, Buffer) else readable
         sizes = [writable] if isinstance(writable, int) else writable

@@ -117,6 +117,8 @@ struct State {
 #[derive(Debug, Default)]
 struct Request {
     token: u64,
+    /// Nobody knows the token.
+    abandoned: bool,
     buffer: Option<Allocation>,
     /// The parts, as they are in `buffer`.
     elements: Vec<Element>,
@@ -297,13 +299,15 @@ impl Queue {
     /// Submit a request, and kick the device if it wants to be. Returns the token that its completion will carry.
     ///
     /// `readable` is what the device gets, `writable` the sizes of what it may fill. Parts of no bytes are left out.
+    ///
+    /// In-band the kick may fail, when the request is in the ring already: the device may do it, and nobody hears of that.
     pub fn submit(&self, readable: &[&[u8]], writable: &[usize]) -> Result<u64, Error> {
         let mut state = self.state()?;
         let token = self.add(&mut state, readable, writable)?;
         let kick = state.ring.publish();
         drop(state);
         if kick {
-            self.kick()?;
+            self.kick().inspect_err(|_| self.abandon(token))?;
         }
         Ok(token)
     }
@@ -467,9 +471,19 @@ impl Queue {
         let head = self.on_ring(state, |ring| ring.add(&elements, indirect))?;
         let token = state.next_token;
         state.next_token += 1;
-        let request = Request { token, buffer: Some(buffer), elements };
+        let request = Request { token, abandoned: false, buffer: Some(buffer), elements };
         state.elements = std::mem::replace(&mut state.requests[usize::from(head)], request).elements;
         Ok(token)
+    }
+
+    /// Never tell of a request that nobody knows of.
+    fn abandon(&self, token: u64) {
+        let mut state = lock(&self.state);
+        state.done.retain(|completion| completion.token != token);
+        let under_way = state.requests.iter_mut().find(|request| request.buffer.is_some() && request.token == token);
+        if let Some(request) = under_way {
+            request.abandoned = true;
+        }
     }
 
     /// Memory for a request: what an earlier one had, or new.
@@ -497,7 +511,9 @@ impl Queue {
                 }
                 state.spare.push(buffer);
             }
-            state.done.push_back(Completion { token: request.token, data });
+            if !request.abandoned {
+                state.done.push_back(Completion { token: request.token, data });
+            }
         }
     }
 
