@@ -15,7 +15,7 @@ import pytest
 import vhost_user as vu
 from devices.running import wait_for
 from specimens import Serve, needs_userfault
-from vhost_user.devices import Blk
+from vhost_user.devices import Blk, Rng
 from vhost_user.devices.blk import SECTOR
 from vhost_user.guest import GuestError, Qemu
 
@@ -46,6 +46,12 @@ read_on() {
     done
     touch ended.$1
 }
+count() {
+    while [ ! -e stop ]; do
+        dd if=/dev/hwrng bs=64 count=1 iflag=fullblock >> numbers 2>/dev/null || sleep 0.1
+    done
+    touch ended.rng
+}
 """
 LOAD = """
 echo vda vdb vdc > jobs
@@ -54,6 +60,15 @@ echo 0 > copied
 copy &
 read_on vdb &
 read_on vdc &
+"""
+
+COPY_AND_COUNT = """
+echo vda vdb rng > jobs
+touch failed sums.vdb numbers
+echo 0 > copied
+copy &
+read_on vdb &
+count &
 """
 
 #: The same reader, and one write that nobody waits for.
@@ -169,6 +184,58 @@ def test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote(
             ):
                 assert [bool(device.negotiated & feature) for device in there] == expected
     assert "dirty log" not in caplog.text
+
+
+class Counter:
+    """A source of anything but random numbers, each on a line of eight bytes."""
+
+    def __init__(self, first: int) -> None:
+        self.first = self.next = first
+
+    def __call__(self, count: int) -> bytes:
+        begin, self.next = self.next, self.next + count // 8
+        return b"".join(b"%07d\n" % number for number in range(begin, self.next))
+
+
+def test_a_guest_migrates_with_a_device_that_cannot_when_it_is_unplugged(serve: Serve, tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(16 * MIB))
+    counters = [Counter(0), Counter(5_000_000)]
+
+    def disks() -> list[tuple[Path, int]]:
+        return [(serve(disk), Qemu.DISK) for disk in (Blk(image), Numbers())]
+
+    def plug(guest: Qemu, device: Rng) -> None:
+        address = {"type": "unix", "data": {"path": str(serve(device))}}
+        guest.monitor("chardev-add", id="rng", backend={"type": "socket", "data": {"addr": address, "server": False}})
+        guest.monitor("device_add", driver="vhost-user-rng-pci", id="rng", bus="socket", chardev="rng")
+        number = guest.run("wc -l < numbers").text
+        guest.run(f"until [ $(wc -l < numbers) -gt {number} ]; do sleep 0.1; done")
+
+    def unplug(guest: Qemu) -> None:
+        def is_there() -> bool:
+            return any(part["name"] == "rng" for part in guest.monitor("qom-list", path="/machine/peripheral"))
+
+        guest.monitor("device_del", id="rng")
+        wait_for(lambda: not is_there(), 60)
+
+    with Qemu(disks(), extra_args=["-device", "pcie-root-port,id=socket"]) as source:
+        source.run(FUNCTIONS + COPY_AND_COUNT)
+        source.run("until [ -s sums.vdb ]; do sleep 0.1; done")
+        plug(source, Rng(counters[0]))
+        with pytest.raises(GuestError, match="non-migratable device"):
+            source.monitor("migrate", uri="exec:cat >/dev/null")
+        unplug(source)
+        with source.receiver(disks()) as target:
+            source.migrate(target, timeout=240)
+            plug(target, Rng(counters[1]))
+            check_and_stop(target, ["vdb"])
+            numbers = [int(line) for line in target.run("cat numbers").text.splitlines()]
+    # Each is one that a device has given, and was read once.
+    assert numbers == sorted(set(numbers))
+    for counter in counters:
+        assert any(number in range(counter.first, counter.next) for number in numbers)
+    assert all(any(number in range(counter.first, counter.next) for counter in counters) for number in numbers)
 
 
 class Files(vu.Device, device_id=26):
