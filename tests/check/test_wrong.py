@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from check.backend import Server, Session
+from check.backend import Broken, Server, Session
 from check.wrong import WRONG
 from vhost_user.check import CHECKS, Result, Suite, Target, Verdict, selected
 from vhost_user.features import by_name
@@ -39,6 +39,25 @@ def test_a_right_back_end_passes_every_check(judge: Judge) -> None:
     results = judge(Session, timeout=10.0)
     not_passed = {result.check.name: result.verdict for result in results if result.verdict is not Verdict.PASS}
     assert not_passed == {name: Verdict.SKIP for name, check in CHECKS.items() if check.may_kill}
+
+
+class BelongsToItsOwner(Session):
+    """Takes features from its owner only, as crosvm's devices do."""
+
+    owned = False
+
+    def set_owner(self, payload: bytes, descriptors: list[int]) -> None:
+        self.owned = True
+
+    def set_features(self, payload: bytes, descriptors: list[int]) -> None:
+        if not self.owned:
+            raise Broken("features without an owner")
+        super().set_features(payload, descriptors)
+
+
+def test_a_back_end_may_want_an_owner_before_features(judge: Judge) -> None:
+    results = judge(BelongsToItsOwner, timeout=10.0)
+    assert {result.check.name for result in results if result.verdict not in (Verdict.PASS, Verdict.SKIP)} == set()
 
 
 def test_a_right_back_end_survives_what_kills_others(judge: Judge) -> None:

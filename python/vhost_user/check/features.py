@@ -11,6 +11,7 @@ def constant(case: Case) -> None:
     """GET_FEATURES answers the same before and after SET_FEATURES."""
     wire = case.connect()
     first = wire.ask("GET_FEATURES").u64
+    wire.send("SET_OWNER")
     wire.send("SET_FEATURES", u64(first & (Feature.VERSION_1 | Feature.PROTOCOL_FEATURES)))
     second = wire.ask("GET_FEATURES").u64
     if first != second:

@@ -270,7 +270,8 @@ class Target:
         if self._process is None:
             return ""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
+            # A program that dies may tell of it at length.
+            self._process.wait(min(self.timeout, PATIENCE))
         status = self._process.poll()
         if status is None or status == 0:
             return ""
