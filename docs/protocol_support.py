@@ -40,6 +40,10 @@ _DPDK = (
     "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE GET_VRING_BASE SET_STATUS GET_STATUS "
     "REPLY_ACK "
 )
+_VMM = (
+    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_MEM_TABLE SET_VRING_NUM "
+    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE GET_CONFIG "
+)
 SEEN = {
     "QEMU": {
         *(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS GPA_ADDRESSES").split()
@@ -66,6 +70,12 @@ SEEN = {
         "BACKEND_SHARED_OBJECT_LOOKUP",
     },
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
+    "cloud-hypervisor": {
+        *(_VMM + "GET_QUEUE_NUM GET_VRING_BASE GET_INFLIGHT_FD SET_INFLIGHT_FD REPLY_ACK").split(),
+    },
+    "cloud-hypervisor (migration)": {"SET_LOG_BASE", "LOG_SHMFD", "SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE"},
+    "crosvm": {*(_VMM + "GET_QUEUE_NUM GET_VRING_BASE SET_BACKEND_REQ_FD").split()},
+    "Firecracker": {*_VMM.split()},
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
     "DPDK's driver": {*_DPDK.split()},
     "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
@@ -95,6 +105,10 @@ PEERS = {
         _TRACED + "a_front_end_of_qemu_says_what_the_page_says_that_it_says",
     ),
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
+    "cloud-hypervisor": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
+    "cloud-hypervisor (migration)": "devices/test_vmms.py::test_a_guest_migrates_with_a_disk_and_an_entropy_source",
+    "crosvm": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
+    "Firecracker": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
     "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
     "DPDK's driver": _TRACED + "a_driver_of_dpdk_says_what_the_page_says_that_it_says",
     "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
@@ -351,7 +365,13 @@ def _features(tables: list[MessageInfo]) -> list[str]:
 
 
 def _peers() -> list[str]:
-    lines = ["## Real peers", "", "Where they were seen: each test starts the peer, and fails if it is missing.", ""]
+    lines = [
+        "## Real peers",
+        "",
+        "Where they were seen: each test starts the peer, and fails if it is missing. cloud-hypervisor, crosvm and",
+        "Firecracker need KVM, and are not among Debian's packages: `tests/devices/vmms.py` says how to name them.",
+        "",
+    ]
     return [*lines, *[f"- {peer}: `{test}`" for peer, test in PEERS.items()], ""]
 
 

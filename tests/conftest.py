@@ -15,6 +15,7 @@ import pytest
 
 import raw
 import vhost_user as vu
+from devices.vmms import compile_guest
 from specimens import Connect, Serve
 
 # Whoever starts programs in the background may have them, and what they start, ignore Ctrl-C.
@@ -80,3 +81,9 @@ def memory(level: None) -> Iterator[raw.Memory]:
     """A megabyte of guest memory."""
     with raw.Memory() as memory:
         yield memory
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guest without an operating system."""
+    return compile_guest(tmp_path_factory.mktemp("bare"))

@@ -18,6 +18,7 @@ import pytest
 import vhost_user as vu
 from devices.test_dpdk import HEADER, HELLO, PATIENCE, THEIRS, Net, ping, run_testpmd
 from devices.test_qemu_front_ends import FRONT_ENDS, drive
+from devices.vmms import CloudHypervisor, Crosvm, Firecracker, Monitor, Orders, monitors
 from raw import wait_until
 from specimens import Serve
 from storage_daemon import storage_daemon
@@ -102,6 +103,19 @@ def test_a_front_end_of_qemu_says_what_the_page_says_that_it_says(
         drive(model, device, tmp_path / "traced", tmp_path)
         wait_until(lambda: "closed" in said, "the end of the connection", PATIENCE)
     assert generator.SEEN[peer] - said == set()
+
+
+@monitors(CloudHypervisor, Crosvm, Firecracker)
+def test_a_monitor_says_what_the_page_says_that_it_says(
+    serve: Serve, tmp_path: Path, generator: ModuleType, bare: Path, kind: type[Monitor]
+) -> None:
+    disk = Blk(16 << 20)
+    Orders(Path(f"/proc/self/fd/{disk.fileno()}")).give(rounds=1, lives=2 if kind.resets else 1)
+    with traced(serve(disk), tmp_path / "traced") as said:
+        with kind(tmp_path / "monitor", bare, tmp_path / "traced", None) as monitor:
+            monitor.wait_for("all is well")
+        wait_until(lambda: "closed" in said, "the end of the connection", PATIENCE)
+    assert generator.SEEN[kind.name] - said == set()
 
 
 def test_every_front_end_of_qemu_has_its_row_and_nothing_else_does(generator: ModuleType) -> None:

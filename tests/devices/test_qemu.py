@@ -6,20 +6,16 @@ import contextlib
 import hashlib
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import vhost_user as vu
-from devices.running import wait_for
+from devices.running import MIB, MortalDisk, wait_for
 from specimens import Serve
 from vhost_user.devices import Blk, Console, Rng
 from vhost_user.guest import Qemu
-
-MIB = 1 << 20
 
 #: Bytes from /dev/hwrng to the disk and back, and a word to the console.
 USE = """
@@ -115,37 +111,6 @@ for number in 0 1 2 3; do
 done
 cat new0 new1 new2 new3 | sha256sum
 """
-
-
-class MortalDisk:
-    """A disk in a process of its own, which is killed and started again."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.image, self.socket = folder / "disk.img", folder / "disk.sock"
-        self.image.write_bytes(bytes(16 * MIB))
-        self._options = options
-        self._start()
-
-    def _start(self) -> None:
-        command = [sys.executable, "-m", "vhost_user", "blk", str(self.image), *self._options]
-        command += ["--socket-path", str(self.socket)]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        self._written = self.image.stat().st_mtime_ns
-
-    @property
-    def in_use(self) -> bool:
-        """Whether the process of today has written to the disk."""
-        return self.image.stat().st_mtime_ns != self._written
-
-    def die(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._start()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self.socket.unlink(missing_ok=True)
 
 
 # The ring behind an IOMMU is so large that Linux takes pages for it from all over its memory.
