@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from devices.vmms import CloudHypervisor, Crosvm, Monitor, monitors
 from vhost_user import DeviceId
 from vhost_user.guest import Uml, _newest_build
 
@@ -174,9 +175,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def wait_for_instructions(process: subprocess.Popen[str]) -> list[str]:
-    """The three lines that say where the device is and how to attach it."""
+    """The five lines that say where the device is and how to attach it."""
     assert process.stderr is not None
-    return [process.stderr.readline().rstrip("\n") for _ in range(3)]
+    return [process.stderr.readline().rstrip("\n") for _ in range(5)]
 
 
 # --- What is served ---------------------------------------------------------------------------------------------------
@@ -552,13 +553,20 @@ def script_path() -> Path:
 
 
 def test_the_instructions_are_what_to_paste(start: Start, sock: Path) -> None:
-    said, qemu, uml = wait_for_instructions(start("run", "devices:Disk", "-o", "file=x", "--socket-path", str(sock)))
+    said, qemu, cloud_hypervisor, crosvm, uml = wait_for_instructions(
+        start("run", "devices:Disk", "-o", "file=x", "--socket-path", str(sock))
+    )
     assert said == f"Disk is served at {sock}; Ctrl-C ends it. To attach it:"
     assert qemu == (
         "  QEMU             -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -numa node,memdev=mem "
         f"-chardev socket,id=disk,path={sock} "
         "-device vhost-user-test-device-pci,virtio-id=27,num_vqs=2,config_size=20,chardev=disk"
     )
+    assert cloud_hypervisor == (
+        "  cloud-hypervisor --memory size=1G,shared=on "
+        f"--generic-vhost-user 'device_type=27,queue_sizes=[256,256],socket={sock}'"
+    )
+    assert crosvm == "  crosvm           (has no name for devices of type 27)"
     assert uml == f"  User-Mode Linux  virtio_uml.device={sock}:27"
 
 
@@ -575,7 +583,7 @@ def test_the_instructions_are_what_to_paste(start: Start, sock: Path) -> None:
 )
 def test_qemu_takes_what_is_to_be_pasted(start: Start, folder: Path, arguments: list[str]) -> None:
     path = folder / "a,comma and blank.sock"
-    _, line, _ = wait_for_instructions(start(*arguments, "--socket-path", str(path)))
+    _, line, *_ = wait_for_instructions(start(*arguments, "--socket-path", str(path)))
     qemu = _newest_build("qemu-*/vmlinuz").parent / "qemu-system-x86_64"
     machine = [
         "-nodefaults",
@@ -602,19 +610,41 @@ def test_qemu_takes_what_is_to_be_pasted(start: Start, folder: Path, arguments: 
     assert "[virtio" in ended.stdout or "[vhost" in ended.stdout
 
 
+@monitors(CloudHypervisor, Crosvm)
+@pytest.mark.parametrize(
+    "arguments", [["rng"], ["blk", "--memory", "1M", "--num-queues", "2"], ["console", "--console-socket", "tty.sock"]]
+)
+def test_a_monitor_takes_what_is_to_be_pasted(
+    start: Start, folder: Path, kind: type[Monitor], bare: Path, arguments: list[str]
+) -> None:
+    process = start(*arguments, "-v", "--socket-path", str(folder / "a,comma and blank.sock"))
+    _, _, cloud_hypervisor, crosvm, _ = wait_for_instructions(process)
+    words = shlex.split({CloudHypervisor: cloud_hypervisor, Crosvm: crosvm}[kind])[1:]
+    monitor: list[str] = {
+        CloudHypervisor: ["--kernel", str(bare), "--serial", "off", "--console", "off", *words],
+        Crosvm: ["run", "--disable-sandbox", "--no-rng", *words, str(bare)],
+    }[kind]
+    with subprocess.Popen([kind.program(), *monitor], stdin=subprocess.DEVNULL) as running:
+        try:
+            assert process.stderr is not None
+            assert "a front-end connected" in process.stderr.readline()
+        finally:
+            running.kill()
+
+
 def test_user_mode_linux_takes_what_is_to_be_pasted(start: Start, sock: Path) -> None:
-    _, _, line = wait_for_instructions(start("rng", "--socket-path", str(sock)))
+    *_, line = wait_for_instructions(start("rng", "--socket-path", str(sock)))
     with Uml(extra_args=[line.split()[-1]]) as guest:
         assert len(guest.run("head -c 32 /dev/hwrng").stdout) == 32
 
 
 def test_a_type_that_makes_qemu_abort_is_pointed_out(start: Start, sock: Path) -> None:
-    _, line, _ = wait_for_instructions(start("run", "devices:Strange", "--socket-path", str(sock)))
+    _, line, *_ = wait_for_instructions(start("run", "devices:Strange", "--socket-path", str(sock)))
     assert line == "  QEMU             (has no name for devices of type 200, and refuses them)"
 
 
 def test_a_path_that_user_mode_linux_cannot_be_told_is_pointed_out(start: Start, folder: Path) -> None:
-    _, _, line = wait_for_instructions(start("rng", "--socket-path", str(folder / "a b.sock")))
+    *_, line = wait_for_instructions(start("rng", "--socket-path", str(folder / "a b.sock")))
     assert "choose another path" in line
 
 

@@ -52,6 +52,6 @@ def test_the_page_shows_what_to_paste(tmp_path: Path) -> None:
         [sys.executable, "-m", "vhost_user", "rng", "--socket-path", path], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        said = [process.stderr.readline() for _ in range(3)]
+        said = [process.stderr.readline() for _ in range(5)]
         process.terminate()
     assert "".join(said).replace(str(path), "/tmp/rng.sock") in PAGE

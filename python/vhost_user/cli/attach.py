@@ -32,6 +32,20 @@ GENERIC = "vhost-user-test-device-pci"
 #: The device types that QEMU 11.1 has heard of. With any other, it aborts as soon as it makes the device.
 KNOWN = {*range(1, 14), *range(16, 42), DeviceId.SPI}
 
+#: What crosvm calls the device types that it has heard of.
+CROSVM = {
+    DeviceId.NET: "net",
+    DeviceId.BLOCK: "block",
+    DeviceId.CONSOLE: "console",
+    DeviceId.RNG: "rng",
+    DeviceId.SCSI: "scsi",
+    DeviceId.GPU: "gpu",
+    DeviceId.INPUT: "input",
+    DeviceId.VSOCK: "vsock",
+    DeviceId.SOUND: "sound",
+    DeviceId.FS: "fs",
+}
+
 #: What the memory of a QEMU guest has to be for any vhost-user device: a file that another process can map.
 MEMORY = ["-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-numa", "node,memdev=mem"]
 
@@ -43,6 +57,8 @@ def instructions(device: Device, *, listening: Path | None = None, connecting: P
         return (
             f"{name} is served at {listening}; Ctrl-C ends it. To attach it:\n"
             f"  QEMU             {qemu(device, listening)}\n"
+            f"  cloud-hypervisor {cloud_hypervisor(device, listening)}\n"
+            f"  crosvm           {crosvm(device, listening)}\n"
             f"  User-Mode Linux  {user_mode_linux(device, listening)}"
         )
     if connecting is not None:
@@ -71,6 +87,35 @@ def qemu(device: Device, path: Path, *, server: bool = False) -> str:
     return shlex.join([*MEMORY, "-chardev", socket, *model])
 
 
+def cloud_hypervisor(device: Device, path: Path) -> str:
+    """The arguments of cloud-hypervisor, for a shell: shared memory, and the device."""
+    socket, queues = f"socket={_quoted(path)}", len(device.queues)
+    processors = 1
+    match device.device_id:
+        case DeviceId.NET:
+            processors = queues // 2
+            option = ["--net", f"vhost_user=true,num_queues={2 * processors},{socket}"]
+        case DeviceId.BLOCK:
+            processors = queues
+            option = ["--disk", f"vhost_user=true,num_queues={queues},{socket}"]
+        case DeviceId.FS:
+            processors = queues - 1
+            option = ["--fs", f"tag=shared,num_queues={queues - 1},{socket}"]
+        case number:
+            sizes = ",".join(["256"] * queues)
+            option = ["--generic-vhost-user", f"device_type={int(number)},queue_sizes=[{sizes}],{socket}"]
+    # It refuses queues that no processor would use.
+    cpus = ["--cpus", f"boot={processors}"] if processors > 1 else []
+    return shlex.join([*cpus, "--memory", "size=1G,shared=on", *option])
+
+
+def crosvm(device: Device, path: Path) -> str:
+    """The arguments of crosvm, for a shell; or why there are none."""
+    if device.device_id not in CROSVM:
+        return f"(has no name for devices of type {int(device.device_id)})"
+    return shlex.join(["--vhost-user", f"type={CROSVM[DeviceId(device.device_id)]},socket={_quoted(path)}"])
+
+
 def user_mode_linux(device: Device, path: Path) -> str:
     """The kernel parameter of User-Mode Linux, or why there is none."""
     socket = _absolute(path)
@@ -94,6 +139,12 @@ def _model(device: Device) -> str:
         case DeviceId.FS:
             return f"{model},tag=shared,num-request-queues={len(device.queues) - 1}"
     return model
+
+
+def _quoted(path: Path) -> str:
+    """As the value of one of several options between commas."""
+    absolute = _absolute(path)
+    return f'"{absolute}"' if "," in absolute else absolute
 
 
 def _absolute(path: Path) -> str:
