@@ -530,7 +530,10 @@ class Qemu(Guest):
             *("-qmp", f"unix:{self._monitor_path},server=on,wait=off"),
             *(("-incoming", "defer") if self._waits_for_guest else ()),
             *("-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus)),
+            *("-machine", "q35", "-accel", "tcg", "-cpu", "max"),
+            # With one that could never be two, QEMU's emulator makes no barrier of `lock addl`: a driver misses that
+            # the device wants to be kicked.
+            *("-smp", f"{self.cpus},maxcpus={max(self.cpus, 2)}"),
             # A vhost-user device maps the guest's memory: it has to be a file that can be shared.
             *("-m", self.memory),
             *("-object", f"memory-backend-memfd,id=memory,size={self.memory},share=on", "-numa", "node,memdev=memory"),

@@ -98,7 +98,7 @@ class Receiver(CloudHypervisor):
     """Waits for a machine."""
 
     def command(self) -> list[str]:
-        return ["--api-socket", str(self.folder / "api"), *self.options]
+        return self.api()
 
 
 @monitors(CloudHypervisor)
@@ -132,4 +132,5 @@ def test_a_guest_migrates_with_a_disk_and_an_entropy_source(
         assert not any(device.connected for device in here)
         orders.give(rounds=1, entropy=True)
         # It goes on with the file of the source.
-        source.wait_for("all is well")
+        target.said = source.said
+        target.wait_for("all is well")

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import pytest
 
@@ -110,11 +110,14 @@ class Monitor:
             return self.said.read_text(errors="replace") if self.said.exists() else ""
 
         deadline = time.monotonic() + 120
-        while text not in said():
+        while True:
+            assert self._process is not None
+            is_over = self._process.poll() is not None or time.monotonic() > deadline
+            if text in said():
+                return said()
+            assert not is_over, said() + self.log.read_text(errors="replace")[-2000:]
             assert not {"wrong", "page", "refused"} & set(said().split()), said()
-            assert time.monotonic() < deadline, said() + self.log.read_text(errors="replace")[-2000:]
             time.sleep(0.05)
-        return said()
 
 
 class Qemu(Monitor):
@@ -132,7 +135,9 @@ class Qemu(Monitor):
             devices += ["-device", "vhost-user-rng-pci,chardev=entropy"]
         return [
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-machine", "q35", "-accel", "tcg", "-m", "256M", "-numa", "node,memdev=memory"),
+            # For the second processor see vhost_user.guest.Qemu.
+            *("-machine", "q35", "-accel", "tcg", "-smp", "1,maxcpus=2"),
+            *("-m", "256M", "-numa", "node,memdev=memory"),
             *("-object", "memory-backend-memfd,id=memory,size=256M,share=on"),
             *("-kernel", str(self.guest), "-serial", f"file:{self.said}"),
             *devices,
@@ -142,25 +147,19 @@ class Qemu(Monitor):
 class CloudHypervisor(Monitor):
     name = "cloud-hypervisor"
     variable = "VHOST_USER_CLOUD_HYPERVISOR"
-    # Or its own filter of system calls ends the thread that migrates.
-    options: ClassVar = ["--seccomp", "false"]
 
     def command(self) -> list[str]:
-        entropy = f"socket={self.entropy},device_type=4,queue_sizes=[64],pci_device_id=30"
-        return [
-            *("--kernel", str(self.guest), "--memory", "size=256M,shared=on", "--cpus", "boot=1,nested=off"),
-            *(
-                "--serial",
-                f"file={self.said}",
-                "--console",
-                "off",
-                "--api-socket",
-                str(self.folder / "api"),
-                *self.options,
-            ),
-            *("--disk", f"vhost_user=true,socket={self.disk}"),
-            *(["--generic-vhost-user", entropy] if self.entropy else []),
-        ]
+        command = ["--kernel", str(self.guest), "--memory", "size=256M,shared=on", "--cpus", "boot=1,nested=off"]
+        command += ["--serial", f"file={self.said}", "--console", "off", *self.api()]
+        command += ["--disk", f"vhost_user=true,socket={self.disk}"]
+        if self.entropy:
+            entropy = f"socket={self.entropy},device_type=4,queue_sizes=[64],pci_device_id=30"
+            command += ["--generic-vhost-user", entropy]
+        return command
+
+    def api(self) -> list[str]:
+        # Its own filter of system calls would end the thread that migrates.
+        return ["--api-socket", str(self.folder / "api"), "--seccomp", "false"]
 
 
 class Crosvm(Monitor):
