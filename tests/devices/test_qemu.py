@@ -17,6 +17,11 @@ from specimens import Serve
 from vhost_user.devices import Blk, Console, Rng
 from vhost_user.guest import Qemu
 
+NOTHING = vu.TransportFeature(0)
+RING_PACKED = vu.TransportFeature.RING_PACKED
+IN_ORDER = vu.TransportFeature.IN_ORDER
+ACCESS_PLATFORM = vu.TransportFeature.ACCESS_PLATFORM
+
 #: Bytes from /dev/hwrng to the disk and back, and a word to the console.
 USE = """
 dd if=/dev/hwrng of=random bs=4096 count=16 iflag=fullblock
@@ -57,18 +62,27 @@ def test_devices_outlive_a_reboot_and_the_end_of_qemu(serve: Serve) -> None:
         use(guest, "six")
 
 
-def test_linux_drives_packed_rings(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("packed", "in_order"),
+    [
+        pytest.param(False, True, id="split-in-order"),
+        pytest.param(True, False, id="packed"),
+        pytest.param(True, True, id="packed-in-order"),
+    ],
+)
+def test_linux_drives_the_rings_that_qemu_is_told_to_have(serve: Serve, packed: bool, in_order: bool) -> None:
     disk, devices = Blk(16 * MIB), [Rng(), Parrot()]
     for device in (disk, *devices):
-        device.packed_rings = True
-    sockets = [(serve(device), device.device_id, "packed=on") for device in (disk, *devices)]
-    with Qemu(sockets) as guest:
+        device.packed_rings, device.in_order = packed, in_order
+    properties = ["packed=on"] * packed + ["in_order=on"] * in_order
+    with Qemu([(serve(device), device.device_id, ",".join(properties)) for device in (disk, *devices)]) as guest:
         for word in ("one", "two"):
             digest, answer = guest.run(USE.format(word), timeout=60).text.split("  -\n")
             assert answer == 2 * word
             assert hashlib.sha256(os.pread(disk.fileno(), 65536, 0)).hexdigest() == digest
             for device in (disk, *devices):
-                assert device.negotiated & vu.TransportFeature.RING_PACKED
+                assert bool(device.negotiated & RING_PACKED) == packed
+                assert bool(device.negotiated & IN_ORDER) == in_order
             guest.reboot()
 
 
@@ -118,24 +132,26 @@ cat new0 new1 new2 new3 | sha256sum
 @pytest.mark.parametrize(
     ("options", "properties", "features"),
     [
-        ([], "", vu.TransportFeature(0)),
-        (["--packed-rings"], "packed=on", vu.TransportFeature.RING_PACKED),
-        (["--iommu"], "queue-size=1024", vu.TransportFeature.ACCESS_PLATFORM),
+        pytest.param([], "", NOTHING, id="split"),
+        pytest.param(["--in-order"], "in_order=on", IN_ORDER, id="split-in-order"),
+        pytest.param(["--packed-rings"], "packed=on", RING_PACKED, id="packed"),
+        pytest.param(
+            ["--packed-rings", "--in-order"], "packed=on,in_order=on", RING_PACKED | IN_ORDER, id="packed-in-order"
+        ),
+        pytest.param(["--iommu"], "queue-size=1024", ACCESS_PLATFORM, id="iommu"),
     ],
-    ids=["split", "packed", "iommu"],
 )
 def test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes(
     level: None, tmp_path: Path, options: list[str], properties: str, features: vu.TransportFeature
 ) -> None:
-    iommu = bool(features & vu.TransportFeature.ACCESS_PLATFORM)
+    iommu = bool(features & ACCESS_PLATFORM)
     dice = random.Random(4)
     with contextlib.closing(MortalDisk(tmp_path, *options)) as disk:
         wait_for(disk.socket.is_socket, 30)
         sockets = [(disk.socket, vu.DeviceId.BLOCK, properties)]
         with Qemu(sockets, reconnect=0.1, iommu=iommu, boot_timeout=180) as guest:
             negotiated = int(guest.run("cat /sys/bus/virtio/devices/*/features").text[::-1], 2)
-            asked_for = vu.TransportFeature.RING_PACKED | vu.TransportFeature.ACCESS_PLATFORM
-            assert negotiated & asked_for == features
+            assert negotiated & (RING_PACKED | IN_ORDER | ACCESS_PLATFORM) == features
             guest.run(WRITE_AND_VERIFY)
             for _ in range(DEATHS):
                 wait_for(lambda: disk.in_use, 30)
