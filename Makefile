@@ -63,7 +63,7 @@ bench-environment: $(TOOLS)
 	$(PYTHON) -m venv --clear $(BENCH_ENVIRONMENT)
 	$(BENCH_ENVIRONMENT)/bin/pip install --quiet --no-index target/bench-wheels/*.whl
 
-guest: uml qemu ## the kernels that the tests boot; the first time takes ten minutes
+guest: uml qemu peers ## the kernels that the tests boot, and programs that they speak to; the first time takes ten minutes
 
 fuzz: ## FUZZ_SECONDS=60 of each fuzz target; needs a nightly Rust and cargo-fuzz
 	for target in $(FUZZ_TARGETS); do \
@@ -82,8 +82,8 @@ wheel: $(TOOLS) ## the wheels for this machine, built from the source distributi
 clean: ## remove what was made here; the guests stay in ~/.cache/vhost-user
 	rm -rf .venv target dist wheelhouse
 
-.PHONY: uml qemu
-uml qemu: $(TOOLS)
+.PHONY: uml qemu peers
+uml qemu peers: $(TOOLS)
 	$(BIN)/python guest/build $@
 
 $(EXTENSION): $(TOOLS) Cargo.toml Cargo.lock pyproject.toml $(shell find src -name '*.rs')

@@ -24,26 +24,20 @@ class Support:
 
 #: What was said in a session with a peer, at least: messages, and features that have none. Where the session is that of
 #: a test of this page, it is traced, and the test compares it.
-_SET_UP = (
-    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES GET_QUEUE_NUM SET_VRING_NUM "
-    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE SET_BACKEND_REQ_FD GET_CONFIG "
-    "REPLY_ACK "
+_RINGS = (
+    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_VRING_NUM SET_VRING_ADDR "
+    "SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE "
 )
+_SET_UP = _RINGS + "GET_QUEUE_NUM SET_BACKEND_REQ_FD GET_CONFIG REPLY_ACK "
 _SLOTS = "SET_VRING_ERR GET_VRING_BASE GET_MAX_MEM_SLOTS ADD_MEM_REG "
 _CRATE = (
     "SET_MEM_TABLE REM_MEM_REG SET_CONFIG SET_LOG_BASE RESET_DEVICE GET_INFLIGHT_FD SET_INFLIGHT_FD "
     "SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG GET_SHARED_OBJECT BACKEND_SHARED_OBJECT_ADD "
     "BACKEND_SHARED_OBJECT_REMOVE BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP "
 )
-_DPDK = (
-    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_MEM_TABLE SET_VRING_NUM "
-    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE GET_VRING_BASE SET_STATUS GET_STATUS "
-    "REPLY_ACK "
-)
-_VMM = (
-    "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_MEM_TABLE SET_VRING_NUM "
-    "SET_VRING_ADDR SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE GET_CONFIG "
-)
+_STATE = "SET_LOG_BASE LOG_SHMFD SET_DEVICE_STATE_FD CHECK_DEVICE_STATE "
+_DPDK = _RINGS + "SET_MEM_TABLE GET_VRING_BASE SET_STATUS GET_STATUS REPLY_ACK "
+_VMM = _RINGS + "SET_MEM_TABLE GET_CONFIG "
 SEEN = {
     "QEMU": {
         *(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS GPA_ADDRESSES").split()
@@ -73,9 +67,10 @@ SEEN = {
     "cloud-hypervisor": {
         *(_VMM + "GET_QUEUE_NUM GET_VRING_BASE GET_INFLIGHT_FD SET_INFLIGHT_FD REPLY_ACK").split(),
     },
-    "cloud-hypervisor (migration)": {"SET_LOG_BASE", "LOG_SHMFD", "SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE"},
+    "cloud-hypervisor (migration)": {*_STATE.split()},
     "crosvm": {*(_VMM + "GET_QUEUE_NUM GET_VRING_BASE SET_BACKEND_REQ_FD").split()},
     "Firecracker": {*_VMM.split()},
+    "libblkio": {*(_RINGS + "GET_QUEUE_NUM GET_CONFIG REPLY_ACK GET_MAX_MEM_SLOTS ADD_MEM_REG REM_MEM_REG").split()},
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
     "DPDK's driver": {*_DPDK.split()},
     "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
@@ -83,9 +78,15 @@ SEEN = {
         *(_DPDK + "GET_QUEUE_NUM SET_VRING_ERR SET_BACKEND_REQ_FD SET_LOG_BASE SEND_RARP NET_SET_MTU").split()
     },
     "rust-vmm's back-end": {*(_SET_UP + _SLOTS + _CRATE + "GPU_SET_SOCKET").split()},
+    "virtiofsd": {*(_SET_UP + _SLOTS + _STATE).split()},
+    "passt": {
+        *(_RINGS + "SET_MEM_TABLE SET_VRING_ERR SEND_RARP SET_LOG_BASE LOG_SHMFD REPLY_ACK").split(),
+    },
+    "vhost-device-vsock": {*(_VMM + "GET_QUEUE_NUM SET_VRING_ERR REPLY_ACK").split()},
 }
 
-#: In which tests that is; `*` stands for several. The last three are back-ends, to which the driver side speaks.
+#: In which tests that is; `*` stands for several. From qemu-storage-daemon on they are back-ends, to which the driver
+#: side speaks.
 _TRACED = "test_docs_protocol_support.py::test_"
 PEERS = {
     "QEMU": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
@@ -109,11 +110,16 @@ PEERS = {
     "cloud-hypervisor (migration)": "devices/test_vmms.py::test_a_guest_migrates_with_a_disk_and_an_entropy_source",
     "crosvm": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
     "Firecracker": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
+    "libblkio": _TRACED + "libblkio_says_what_the_page_says_that_it_says",
     "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
     "DPDK's driver": _TRACED + "a_driver_of_dpdk_says_what_the_page_says_that_it_says",
     "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
     "DPDK's device": _TRACED + "our_front_end_says_it_to_a_device_of_dpdk",
     "rust-vmm's back-end": "rust_vmm.rs::our_front_end_*",
+    **dict.fromkeys(
+        ["virtiofsd", "passt", "vhost-device-vsock"],
+        _TRACED + "our_front_end_says_it_to_devices_that_nobody_here_wrote",
+    ),
 }
 
 #: What a device did behind each of QEMU's front-ends, and with which drivers: one of the tests, over QEMU's qtest
@@ -309,7 +315,7 @@ HEAD = """\
 Made by `python docs/protocol_support.py` from the tables of the core; do not edit it. The device side is what
 `vhost_user.Device` serves, the driver side what `vhost_user.Frontend` does; every test is below `tests/`. "No" means
 that it is not offered, and refused. "Seen with" are programs and crates that nobody here wrote: front-ends that say it
-to a device of ours; to qemu-storage-daemon and rust-vmm's back-end, our front-end says it.
+to a device of ours; to those from qemu-storage-daemon on, our front-end says it.
 """
 
 

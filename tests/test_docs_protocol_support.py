@@ -17,6 +17,7 @@ import pytest
 
 import vhost_user as vu
 from devices.test_dpdk import HEADER, HELLO, PATIENCE, THEIRS, Net, ping, run_testpmd
+from devices.test_peers import BACK_ENDS, use_disk
 from devices.test_qemu_front_ends import FRONT_ENDS, drive
 from devices.vmms import CloudHypervisor, Crosvm, Firecracker, Monitor, Orders, monitors
 from raw import wait_until
@@ -144,6 +145,23 @@ def test_our_front_end_says_it_to_a_disk_that_nobody_here_wrote(tmp_path: Path, 
         frontend.share(first)
         frontend.exchange("GET_FEATURES")
     assert generator.SEEN["qemu-storage-daemon"] - said == set()
+
+
+def test_libblkio_says_what_the_page_says_that_it_says(serve: Serve, tmp_path: Path, generator: ModuleType) -> None:
+    with traced(serve(Blk(16 << 20)), tmp_path / "traced") as said:
+        use_disk(tmp_path / "traced")
+        wait_until(lambda: "closed" in said, "the end of the connection", PATIENCE)
+    assert generator.SEEN["libblkio"] - said == set()
+
+
+@pytest.mark.parametrize("peer", BACK_ENDS)
+def test_our_front_end_says_it_to_devices_that_nobody_here_wrote(
+    tmp_path: Path, generator: ModuleType, peer: str
+) -> None:
+    start, use = BACK_ENDS[peer]
+    with start(tmp_path) as path, traced(path, tmp_path / "traced") as said:
+        use(tmp_path / "traced", tmp_path)
+    assert generator.SEEN[peer] - said == set()
 
 
 def test_a_driver_of_dpdk_says_what_the_page_says_that_it_says(tmp_path: Path, generator: ModuleType) -> None:
