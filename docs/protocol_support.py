@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vhost_user._core import MessageInfo, ProtocolFeature, messages
+from vhost_user._core import MessageInfo, ProtocolFeature, TransportFeature, messages
 
 PAGE = Path(__file__).with_name("protocol-support.md")
 
@@ -26,7 +26,7 @@ class Support:
 #: a test of this page, it is traced, and the test compares it.
 _RINGS = (
     "GET_FEATURES SET_FEATURES SET_OWNER GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES SET_VRING_NUM SET_VRING_ADDR "
-    "SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE "
+    "SET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ENABLE VERSION_1 PROTOCOL_FEATURES "
 )
 _SET_UP = _RINGS + "GET_QUEUE_NUM SET_BACKEND_REQ_FD GET_CONFIG REPLY_ACK "
 _SLOTS = "SET_VRING_ERR GET_VRING_BASE GET_MAX_MEM_SLOTS ADD_MEM_REG "
@@ -35,19 +35,21 @@ _CRATE = (
     "SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG GET_SHARED_OBJECT BACKEND_SHARED_OBJECT_ADD "
     "BACKEND_SHARED_OBJECT_REMOVE BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP "
 )
-_STATE = "SET_LOG_BASE LOG_SHMFD SET_DEVICE_STATE_FD CHECK_DEVICE_STATE "
+_STATE = "SET_LOG_BASE LOG_SHMFD LOG_ALL SET_DEVICE_STATE_FD CHECK_DEVICE_STATE "
 _DPDK = _RINGS + "SET_MEM_TABLE GET_VRING_BASE SET_STATUS GET_STATUS REPLY_ACK "
 _VMM = _RINGS + "SET_MEM_TABLE GET_CONFIG "
 SEEN = {
     "QEMU": {
-        *(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS GPA_ADDRESSES").split()
+        *(_SET_UP + _SLOTS + "GET_INFLIGHT_FD SET_INFLIGHT_FD RESET_DEVICE SET_STATUS GET_STATUS ").split(),
+        *("GPA_ADDRESSES", "INDIRECT_DESC", "EVENT_IDX"),
     },
-    "UML": {*(_SET_UP + "SET_MEM_TABLE").split()},
+    "UML": {*(_SET_UP + "SET_MEM_TABLE INDIRECT_DESC EVENT_IDX").split()},
     "QEMU (killed disk)": {"GET_INFLIGHT_FD", "SET_INFLIGHT_FD"},
-    "QEMU (migration)": {"SET_LOG_BASE", "LOG_SHMFD"},
+    "QEMU (ring formats)": {"RING_PACKED", "IN_ORDER"},
+    "QEMU (migration)": {"SET_LOG_BASE", "LOG_SHMFD", "LOG_ALL"},
     "QEMU (device state)": {"SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE"},
     "QEMU (postcopy)": {"POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END", "GET_VRING_BASE_INFLIGHT"},
-    "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG"},
+    "QEMU (IOMMU)": {"IOTLB_MSG", "BACKEND_IOTLB_MSG", "ACCESS_PLATFORM"},
     "QEMU (input)": {"SET_CONFIG", "BACKEND_CONFIG_CHANGE_MSG"},
     "QEMU (network)": {"NET_SET_MTU", "SEND_RARP"},
     "QEMU (crypto)": {"CREATE_CRYPTO_SESSION", "CLOSE_CRYPTO_SESSION"},
@@ -63,6 +65,7 @@ SEEN = {
         "BACKEND_SHARED_OBJECT_REMOVE",
         "BACKEND_SHARED_OBJECT_LOOKUP",
     },
+    "UML (ring formats)": {"RING_PACKED", "IN_ORDER"},
     "UML (in-band)": {"VRING_KICK", "BACKEND_VRING_CALL"},
     "cloud-hypervisor": {
         *(_VMM + "GET_QUEUE_NUM GET_VRING_BASE GET_INFLIGHT_FD SET_INFLIGHT_FD REPLY_ACK").split(),
@@ -70,19 +73,25 @@ SEEN = {
     "cloud-hypervisor (migration)": {*_STATE.split()},
     "crosvm": {*(_VMM + "GET_QUEUE_NUM GET_VRING_BASE SET_BACKEND_REQ_FD").split()},
     "Firecracker": {*_VMM.split()},
-    "libblkio": {*(_RINGS + "GET_QUEUE_NUM GET_CONFIG REPLY_ACK GET_MAX_MEM_SLOTS ADD_MEM_REG REM_MEM_REG").split()},
+    "libblkio": {
+        *(_RINGS + "GET_QUEUE_NUM GET_CONFIG REPLY_ACK GET_MAX_MEM_SLOTS ADD_MEM_REG REM_MEM_REG EVENT_IDX").split(),
+    },
     "rust-vmm's front-end": {*(_SET_UP + _SLOTS + _CRATE + "RESET_OWNER SET_LOG_FD BACKEND_CONFIG_CHANGE_MSG").split()},
-    "DPDK's driver": {*_DPDK.split()},
-    "qemu-storage-daemon": {*(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE").split()},
+    "DPDK's driver": {*(_DPDK + "INDIRECT_DESC").split()},
+    "DPDK's driver (ring formats)": {"RING_PACKED", "IN_ORDER"},
+    "qemu-storage-daemon": {
+        *(_SET_UP + _SLOTS + "REM_MEM_REG SET_CONFIG SET_LOG_BASE LOG_ALL INDIRECT_DESC EVENT_IDX").split()
+    },
     "DPDK's device": {
-        *(_DPDK + "GET_QUEUE_NUM SET_VRING_ERR SET_BACKEND_REQ_FD SET_LOG_BASE SEND_RARP NET_SET_MTU").split()
+        *(_DPDK + "GET_QUEUE_NUM SET_VRING_ERR SET_BACKEND_REQ_FD SET_LOG_BASE LOG_ALL SEND_RARP NET_SET_MTU").split()
     },
     "rust-vmm's back-end": {*(_SET_UP + _SLOTS + _CRATE + "GPU_SET_SOCKET").split()},
-    "virtiofsd": {*(_SET_UP + _SLOTS + _STATE).split()},
+    "DPDK's device (ring formats)": {"RING_PACKED", "IN_ORDER"},
+    "virtiofsd": {*(_SET_UP + _SLOTS + _STATE + "INDIRECT_DESC EVENT_IDX").split()},
     "passt": {
-        *(_RINGS + "SET_MEM_TABLE SET_VRING_ERR SEND_RARP SET_LOG_BASE LOG_SHMFD REPLY_ACK").split(),
+        *(_RINGS + "SET_MEM_TABLE SET_VRING_ERR SEND_RARP SET_LOG_BASE LOG_SHMFD LOG_ALL REPLY_ACK").split(),
     },
-    "vhost-device-vsock": {*(_VMM + "GET_QUEUE_NUM SET_VRING_ERR REPLY_ACK").split()},
+    "vhost-device-vsock": {*(_VMM + "GET_QUEUE_NUM SET_VRING_ERR REPLY_ACK EVENT_IDX").split()},
 }
 
 #: In which tests that is; `*` stands for several. From qemu-storage-daemon on they are back-ends, to which the driver
@@ -92,6 +101,7 @@ PEERS = {
     "QEMU": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
     "UML": _TRACED + "a_guest_says_what_the_page_says_that_it_says",
     "QEMU (killed disk)": "devices/test_qemu.py::test_a_guest_notices_nothing_of_a_disk_that_is_killed_while_it_writes",
+    "QEMU (ring formats)": "devices/test_qemu.py::test_linux_drives_the_rings_that_qemu_is_told_to_have",
     "QEMU (migration)": (
         "devices/test_migration.py::test_a_guest_migrates_under_load_and_its_memory_is_what_the_devices_wrote"
     ),
@@ -105,6 +115,7 @@ PEERS = {
         ["QEMU (input)", "QEMU (network)", "QEMU (crypto)", "QEMU (GPU)", "QEMU (windows)"],
         _TRACED + "a_front_end_of_qemu_says_what_the_page_says_that_it_says",
     ),
+    "UML (ring formats)": "devices/test_packed.py::test_linux_drives_both_formats_in_any_order_and_in_its_own",
     "UML (in-band)": "test_in_band.py::test_a_guest_reads_random_numbers_in_band",
     "cloud-hypervisor": _TRACED + "a_monitor_says_what_the_page_says_that_it_says",
     "cloud-hypervisor (migration)": "devices/test_vmms.py::test_a_guest_migrates_with_a_disk_and_an_entropy_source",
@@ -113,9 +124,11 @@ PEERS = {
     "libblkio": _TRACED + "libblkio_says_what_the_page_says_that_it_says",
     "rust-vmm's front-end": "rust_vmm.rs::their_front_end_*",
     "DPDK's driver": _TRACED + "a_driver_of_dpdk_says_what_the_page_says_that_it_says",
+    "DPDK's driver (ring formats)": "devices/test_dpdk.py::test_a_driver_of_dpdk_gets_and_sends_every_packet",
     "qemu-storage-daemon": _TRACED + "our_front_end_says_it_to_a_disk_that_nobody_here_wrote",
     "DPDK's device": _TRACED + "our_front_end_says_it_to_a_device_of_dpdk",
     "rust-vmm's back-end": "rust_vmm.rs::our_front_end_*",
+    "DPDK's device (ring formats)": "devices/test_dpdk.py::test_our_driver_works_with_the_device_of_dpdk",
     **dict.fromkeys(
         ["virtiofsd", "passt", "vhost-device-vsock"],
         _TRACED + "our_front_end_says_it_to_devices_that_nobody_here_wrote",
@@ -160,6 +173,7 @@ POSTCOPY = "test_postcopy.py::test_"
 INFLIGHT = "test_inflight.py::test_"
 IOMMU = "test_iommu.py::test_"
 IN_BAND = "test_in_band.py::test_"
+RINGS = "test_rings.py::test_"
 IOMMU_DRIVER = "test_iommu_driver.py::test_"
 STATE = "test_device_state.py::test_"
 
@@ -173,6 +187,8 @@ _mapped = WINDOWS + "a_file_is_mapped_where_the_device_says_and_seen_by_the_driv
 _asked = WINDOWS + "the_device_asks_as_the_specification_says"
 _in_band = IN_BAND + "our_own_front_end_works_in_band"
 _suspended = INFLIGHT + "a_driver_suspends_a_queue_and_lets_it_go_on"
+_formats = RINGS + "requests_go_around_rings_of_every_size"
+_in_order = RINGS + "requests_are_given_back_in_the_order_that_was_agreed_on"
 _killed = INFLIGHT + "every_request_completes_once_however_often_the_device_is_killed"
 _big_endian = ENDIAN + "a_big_endian_ring_works"
 _late = POSTCOPY + "a_device_works_on_a_ring_and_buffers_whose_pages_come_when_it_touches_them"
@@ -302,6 +318,26 @@ FEATURES = {
     "XEN_MMAP": Support(),
 }
 
+#: Features of rings and transport. Every other one is no.
+TRANSPORT = {
+    "LOG_ALL": SUPPORT["SET_LOG_BASE"],
+    "INDIRECT_DESC": Support(
+        SESSION + "an_indirect_table_is_followed", FRONTEND + "a_request_of_several_parts_arrives_in_order"
+    ),
+    "EVENT_IDX": Support(
+        SESSION + "with_event_idx_the_device_says_for_which_entry_it_wants_a_kick",
+        RINGS + "a_busy_queue_loses_nothing",
+    ),
+    "PROTOCOL_FEATURES": SUPPORT["GET_PROTOCOL_FEATURES"],
+    "VERSION_1": Support(
+        SESSION + "transport_features_that_front_ends_take_unasked_are_accepted",
+        ENDIAN + "a_big_endian_queue_needs_a_legacy_driver_and_a_device_that_takes_it",
+    ),
+    "ACCESS_PLATFORM": SUPPORT["IOTLB_MSG"],
+    "RING_PACKED": Support(_formats, _formats),
+    "IN_ORDER": Support(_in_order, _in_order),
+}
+
 REFUSED = {
     "XEN_MMAP": (
         "never offered: guest memory is mapped from files, and Xen's needs its own devices; "
@@ -332,6 +368,7 @@ def page() -> str:
             *_section("Requests of the front-end", [row for row in tables if row.channel == "main"]),
             *_section("Requests of the back-end", [row for row in tables if row.channel == "back-end"]),
             *_features(tables),
+            *_transport(),
             *_peers(),
             *_front_ends(),
         ]
@@ -370,6 +407,21 @@ def _features(tables: list[MessageInfo]) -> list[str]:
     return [*lines, ""]
 
 
+def _transport() -> list[str]:
+    lines = [
+        "## Features of rings and transport",
+        "",
+        "The rest of Virtio's are between a driver and its front-end, or of legacy devices, and are not offered.",
+        "",
+        "| bit | feature | device side | driver side | seen with |",
+        "|---|---|---|---|---|",
+    ]
+    for name, support in TRANSPORT.items():
+        bit = TransportFeature[name].value.bit_length() - 1
+        lines.append(f"| {bit} | {name} | {_cells(support, {name})} |")
+    return [*lines, ""]
+
+
 def _peers() -> list[str]:
     lines = [
         "## Real peers",
@@ -405,7 +457,7 @@ def _cells(support: Support, names: set[str]) -> str:
 
 def named_tests() -> set[str]:
     """Every test that the page names."""
-    all_support = [*SUPPORT.values(), *FEATURES.values()]
+    all_support = [*SUPPORT.values(), *FEATURES.values(), *TRANSPORT.values()]
     named = {test for support in all_support for test in (support.device, support.driver) if test}
     return named | set(PEERS.values()) | set(DRIVERS) | {EXTENSIONS + "memory_of_xen_is_refused_with_a_reason"}
 

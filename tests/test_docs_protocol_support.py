@@ -54,6 +54,14 @@ def test_every_message_has_its_row_and_nothing_else_does(generator: ModuleType) 
     assert set(generator.SUPPORT) == {row.name for row in messages()}
 
 
+def test_what_a_device_and_a_driver_offer_is_on_the_page(serve: Serve, generator: ModuleType) -> None:
+    device = Blk(1 << 20)
+    device.packed_rings = device.in_order = device.iommu = True
+    with vu.Frontend.connect(serve(device)) as frontend:
+        offered = frontend.negotiate().offered_features
+    assert {feature.name for feature in vu.TransportFeature if feature & offered} == set(generator.TRANSPORT)
+
+
 def test_every_test_that_the_page_names_is_there(generator: ModuleType) -> None:
     for test in generator.named_tests():
         file, name = test.split("::")
@@ -66,7 +74,8 @@ def test_every_test_that_the_page_names_is_there(generator: ModuleType) -> None:
 
 
 def test_every_peer_is_told_where_it_was_seen_and_with_what(generator: ModuleType) -> None:
-    known = {row.name for row in messages()} | {feature.name for feature in vu.ProtocolFeature}
+    features = [*vu.ProtocolFeature, *vu.TransportFeature]
+    known = {row.name for row in messages()} | {feature.name for feature in features}
     assert list(generator.PEERS) == list(generator.SEEN)
     for names in generator.SEEN.values():
         assert names
@@ -209,7 +218,7 @@ def traced(back_end: Path, path: Path) -> Iterator[set[str]]:
     def hear(record: Record) -> None:
         if record.event == "message" and not record.problem:
             said.add(record.decoded.name)
-            if record.decoded.name == "SET_PROTOCOL_FEATURES" and not record.is_answer:
+            if record.decoded.name in ("SET_FEATURES", "SET_PROTOCOL_FEATURES") and not record.is_answer:
                 said.update(record.fields["names"])
         elif (record.event, record.channel) == ("closed", "main"):
             said.add("closed")
