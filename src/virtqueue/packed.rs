@@ -544,6 +544,12 @@ impl PackedRing {
         free: usize,
         is_recorded: bool,
     ) -> Result<Found, Box<RingError>> {
+        // Most chains of one descriptor are done here, where nothing is known to be before it.
+        let only = Descriptor::from_packed([self.address(start), half]);
+        if only.flags & NEXT == 0 && !is_recorded && free > 0 && self.common.walk.add_simple(only, &mut draft) {
+            draft.finish();
+            return Ok(Found { id: only.link, end: self.behind(start), left: free - 1 });
+        }
         let (mut slot, mut left) = (start, free);
         loop {
             let address = self.address(slot);
@@ -633,31 +639,14 @@ impl PackedRing {
     /// Write the next used descriptors: all of them but, of the first of a batch, what shows it and those behind it.
     /// Returns how many descriptors of the ring they stand for.
     fn write_used(&mut self, used: &[Used]) -> u16 {
-        let size = usize::from(self.common.size);
         let (mut slot, mut shown) = (usize::from(self.used.slot), self.used.used());
-        let is_in_flight = |used: &&Used| self.chains.get(usize::from(used.head)).is_some_and(|chain| *chain > 0);
-        // What is different in the flags of the first of a batch.
-        let mut hide = 0;
-        if self.hidden.is_none()
-            && let Some(first) = used.iter().find(is_in_flight)
-        {
-            self.hidden = Some((self.used.slot, shown | written_flag(*first)));
-            hide = USED;
+        let mut rest = used.iter();
+        if self.hidden.is_none() {
+            let first = rest.find(|used| self.write_half(**used, USED, &mut slot, &mut shown));
+            self.hidden = first.map(|first| (self.used.slot, self.used.used() | written_flag(*first)));
         }
-        for used in used {
-            let descriptors = match self.chains.get_mut(usize::from(used.head)).map(std::mem::take) {
-                Some(descriptors) if descriptors > 0 => usize::from(descriptors),
-                _ => continue,
-            };
-            let flags = (shown | written_flag(*used)) ^ std::mem::take(&mut hide);
-            let half = u64::from(used.written) | u64::from(used.head) << 32 | u64::from(flags) << 48;
-            self.second_half(slot).store(half.to_le(), Ordering::Relaxed);
-            crash::point();
-            slot += descriptors;
-            if slot >= size {
-                slot -= size;
-                shown ^= AVAIL | USED;
-            }
+        for used in rest {
+            self.write_half(*used, 0, &mut slot, &mut shown);
         }
         let end = Position { slot: slot as u16, wrap: shown != 0 };
         let slots = end.ahead_of(self.used, self.common.size).unwrap_or(0);
@@ -667,6 +656,27 @@ impl PackedRing {
             *undecided = undecided.saturating_add(slots);
         }
         slots
+    }
+
+    /// Write the half of a used descriptor that says something, at `slot`, with `hidden` flags the other way round, and
+    /// step over the descriptors that it stands for. Returns whether there are any, which a chain that was taken has.
+    #[inline(always)]
+    fn write_half(&mut self, used: Used, hidden: u16, slot: &mut usize, shown: &mut u16) -> bool {
+        let descriptors = match self.chains.get_mut(usize::from(used.head)).map(std::mem::take) {
+            Some(descriptors) if descriptors > 0 => usize::from(descriptors),
+            _ => return false,
+        };
+        let flags = (*shown | written_flag(used)) ^ hidden;
+        let half = u64::from(used.written) | u64::from(used.head) << 32 | u64::from(flags) << 48;
+        self.second_half(*slot).store(half.to_le(), Ordering::Relaxed);
+        crash::point();
+        *slot += descriptors;
+        let size = usize::from(self.common.size);
+        if *slot >= size {
+            *slot -= size;
+            *shown ^= AVAIL | USED;
+        }
+        true
     }
 
     /// The address of a descriptor, `slot < size`.
