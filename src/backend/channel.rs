@@ -707,7 +707,7 @@ mod tests {
     #[test]
     fn another_thread_may_wait_for_the_answer_and_the_loop_s_may_not() {
         let mut bench = Bench::new(ProtocolFeatures::REPLY_ACK);
-        turn(&bench.events, &bench.channel, Duration::ZERO);
+        bench.events.enter();
         let error = bench.channel.ask(add(0), Vec::new(), Instant::now() + SOON).unwrap_err();
         assert!(error.to_string().contains("cannot wait for the answer"), "{error}");
 

@@ -107,7 +107,7 @@ pub struct EventLoop {
     /// Expires with the first timer, so that whoever waits for the loop from outside is told of timers too.
     timer: OwnedFd,
     timers: Mutex<Timers>,
-    /// Who waited last: the thread that runs the loop.
+    /// Who entered it last.
     thread: Mutex<Option<ThreadId>>,
 }
 
@@ -130,6 +130,11 @@ impl EventLoop {
             timers: Mutex::default(),
             thread: Mutex::default(),
         })
+    }
+
+    /// The calling thread runs the loop from now on.
+    pub fn enter(&self) {
+        *self.thread() = Some(std::thread::current().id());
     }
 
     /// Whether the caller is on the thread that runs the loop.
@@ -198,7 +203,6 @@ impl EventLoop {
     /// something did, or another thread woke the loop.
     pub fn wait(&self, timeout: Option<Duration>, events: &mut Vec<Event>) -> Result<bool, Error> {
         self.check_process()?;
-        *self.thread() = Some(std::thread::current().id());
         let timeout =
             timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         let mut space = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];

@@ -41,9 +41,11 @@ impl Turnaround {
     /// Who does not make requests by then has none to make.
     const IDLE: Duration = Duration::from_millis(1);
 
-    pub fn begin(&mut self, patience: Duration, requests: usize) -> Lead {
-        let begin = Instant::now();
-        self.came(begin);
+    /// So many requests that were taken at `taken` are worked on from now on.
+    pub fn begin(&mut self, taken: Instant, patience: Duration, requests: usize) -> Lead {
+        self.came(taken);
+        // Of one by itself nothing is measured.
+        let begin = if requests > 1 { Instant::now() } else { taken };
         // A batch has a few hundred requests.
         Lead { patience, begin, notified: begin, requests: requests as u32, done: 0, look_at: 1, led: false }
     }
@@ -53,6 +55,10 @@ impl Turnaround {
         lead.done += 1;
         if lead.done < lead.look_at || lead.patience >= TOGETHER {
             return None;
+        }
+        if lead.requests == 1 {
+            // It can be shown no earlier, and says nothing of how long others take.
+            return Some(Show::Notify);
         }
         let now = Instant::now();
         if self.notified.is_some() && came() {
@@ -126,7 +132,7 @@ mod tests {
 
     /// After which of `requests`, each of which takes so long, a driver is notified that takes 30 µs to make others.
     fn notified_after(requests: u32, each: Duration, patience: Duration) -> Vec<u32> {
-        let mut lead = Turnaround::default().begin(patience, requests as usize);
+        let mut lead = Turnaround::default().begin(Instant::now(), patience, requests as usize);
         let mut notified = Vec::new();
         for done in 1..=requests {
             lead.done = done;
@@ -160,7 +166,7 @@ mod tests {
     #[test]
     fn who_wants_requests_together_gets_them_together() {
         let mut turnaround = Turnaround::default();
-        let mut lead = turnaround.begin(Duration::from_secs(60), 2);
+        let mut lead = turnaround.begin(Instant::now(), Duration::from_secs(60), 2);
         assert_eq!(turnaround.after_one(&mut lead, || true), None);
         assert_eq!(turnaround.after_one(&mut lead, || true), None);
     }

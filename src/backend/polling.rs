@@ -39,6 +39,13 @@ impl Polling {
         Self { most, ..Self::default() }
     }
 
+    /// Look for up to `most` from now on. If that is something else than before, nothing is known of its worth.
+    pub fn set_most(&mut self, most: Duration) {
+        if self.most != most {
+            *self = Self::new(most);
+        }
+    }
+
     /// Whether the next [`wait`](Self::wait) looks at rings that are `busy`: then nobody need be asked to kick before it.
     #[must_use]
     pub fn is_due(&self) -> bool {

@@ -5,8 +5,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::io::{pread, pwrite};
+use rustix::io::{pread, pwrite, read};
 
 use super::vring::Logging;
 use super::*;
@@ -262,6 +263,44 @@ fn what_a_killed_device_did_not_mark_of_the_ring_is_marked_by_the_next() {
                 after += 1;
             }
             assert!(after > u32::from(REQUESTS), "it could die at many points");
+        }
+    }
+}
+
+#[test]
+fn a_ring_is_concluded_with_one_notification_and_a_request_to_kick_once_nothing_is_left() {
+    for (options, base) in rings() {
+        for kick in [false, true] {
+            let mut migration = Migration::begin(options, base);
+            let memory = map(&migration.memory);
+            let vring = device(&migration, &memory, options, base);
+            let calls = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+            vring.set_call(Some(calls.try_clone().unwrap()));
+            let count = || {
+                let mut count = [0; 8];
+                read(&calls, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+            };
+            assert_eq!(count(), 1, "the driver may have missed something");
+
+            let serve = |max| {
+                let mut chains = Vec::new();
+                let Taken::Chains(run) = vring.take(max, &mut chains, &mut Vec::new()) else { panic!("no chains") };
+                let used: Vec<_> = chains.iter().map(|chain| Used { head: chain.head(), written: 0 }).collect();
+                assert!(vring.complete_quietly(&run, &used, &chains));
+            };
+            serve(1);
+            assert!(vring.conclude(kick), "there are others");
+            assert_eq!(count(), 0, "{options:?}");
+            serve(REQUESTS.into());
+            assert!(!vring.conclude(kick));
+            assert_eq!(count(), 1, "{options:?}");
+            assert!(!vring.conclude(kick));
+            assert_eq!(count(), 0, "{options:?}");
+
+            while migration.driver.pop().unwrap().is_some() {}
+            migration.driver.add(&[Element { address: DATA, length: 64, writable: true }], None).unwrap();
+            assert_eq!(migration.driver.publish(), kick, "{options:?}");
+            assert!(vring.conclude(kick), "one has come");
         }
     }
 }

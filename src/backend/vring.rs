@@ -22,7 +22,7 @@ use crate::virtqueue::{
     SplitRing, Used, Written,
 };
 
-/// Counters of one queue, since the device was made.
+/// Counters of one queue, since the device was made. Those of requests, bytes and kicks change under the ring's lock.
 #[derive(Debug, Default)]
 pub struct Statistics {
     pub requests: AtomicU64,
@@ -324,8 +324,8 @@ impl Vring {
                 if run.snapshot.iotlb().is_some() {
                     translation.take(chains);
                 }
-                self.statistics.requests.fetch_add(count as u64, Ordering::Relaxed);
-                self.statistics.bytes_read.fetch_add(readable, Ordering::Relaxed);
+                count_locked(&self.statistics.requests, count as u64);
+                count_locked(&self.statistics.bytes_read, readable);
                 Taken::Chains(Arc::clone(run))
             }
             Err(RingError::NotMapped { iova, writable }) => {
@@ -344,24 +344,36 @@ impl Vring {
         taken
     }
 
-    /// Ask the driver to kick, unless there is something to take: then it returns true. Cheaper than to [`take`](Self::take)
-    /// nothing.
-    pub fn rest(&self) -> bool {
+    /// If there is something to take, do nothing and return true. Otherwise notify the driver of what was given back, as
+    /// [`notify`](Self::notify) does, and ask it to `kick`, if that is wanted. Returns whether something came meanwhile.
+    pub fn conclude(&self, kick: bool) -> bool {
         if !self.is_ours() {
             return false;
         }
         let mut inner = self.lock();
-        if !inner.may_process() {
-            return false;
+        let may_process = inner.may_process();
+        if !may_process {
+            self.want(&mut inner);
         }
         let Inner { state, logging, used_log, .. } = &mut *inner;
         let State::Running { ring, .. } = state else { return false };
-        // What is wrong comes up again when something is taken.
-        let came = on_ring!(ring, ring => has_come(&mut **ring)).unwrap_or(true);
-        let written = on_ring!(ring, ring => ring.kick_suppression());
-        let marked = logging.mark_ring(*used_log, ring, &[written]);
+        // What is wrong with the ring comes up again when something is taken.
+        if may_process && on_ring!(ring, ring => ring.look()) == Ok(true) {
+            return true;
+        }
+        let wanted = on_ring!(ring, ring => ring.decide());
+        let (mut came, mut marked) = (false, Marked::default());
+        if kick && may_process {
+            came = on_ring!(ring, ring => ring.enable_kicks()).unwrap_or(true);
+            let written = on_ring!(ring, ring => ring.kick_suppression());
+            marked = logging.mark_ring(*used_log, ring, &[written]);
+        }
+        let call = wanted.map(|wanted| if wanted { inner.call.clone() } else { None });
         drop(inner);
         marked.tell();
+        if let Some(call) = call {
+            self.call(call);
+        }
         came
     }
 
@@ -407,12 +419,12 @@ impl Vring {
         if broken.is_some() {
             self.break_down(&mut inner);
         }
+        count_locked(&self.statistics.requests, count as u64);
+        count_locked(&self.statistics.bytes_read, read);
+        count_locked(&self.statistics.bytes_written, written);
         drop(inner);
         marked.tell();
         marked_ring.tell();
-        self.statistics.requests.fetch_add(count as u64, Ordering::Relaxed);
-        self.statistics.bytes_read.fetch_add(read, Ordering::Relaxed);
-        self.statistics.bytes_written.fetch_add(written, Ordering::Relaxed);
         self.announce(published);
         Filled { count, broken }
     }
@@ -460,14 +472,14 @@ impl Vring {
             self.want(&mut inner);
         }
         let drained = taken && inner.draining && inner.is_idle();
+        if taken {
+            count_locked(&self.statistics.bytes_written, used.iter().map(|entry| u64::from(entry.written)).sum());
+        }
         drop(inner);
         marked.tell();
         if !taken {
             return false;
         }
-
-        let written: u64 = used.iter().map(|entry| u64::from(entry.written)).sum();
-        self.statistics.bytes_written.fetch_add(written, Ordering::Relaxed);
         self.announce(published);
         if drained || released {
             self.wakeup.wake();
@@ -528,7 +540,7 @@ impl Vring {
         match kick.consume() {
             Kicked::Yes => {
                 inner.parked = false;
-                self.statistics.kicks.fetch_add(1, Ordering::Relaxed);
+                count_locked(&self.statistics.kicks, 1);
             }
             Kicked::No => {}
             Kicked::Dead => retire(kick),
@@ -697,7 +709,7 @@ impl Vring {
         let mut inner = self.lock();
         inner.kick.get_or_insert(KickSource::InBand);
         inner.parked = false;
-        self.statistics.kicks.fetch_add(1, Ordering::Relaxed);
+        count_locked(&self.statistics.kicks, 1);
     }
 
     /// SET_VRING_ENABLE, or SET_FEATURES without PROTOCOL_FEATURES.
@@ -1135,6 +1147,11 @@ impl AnyRing {
     fn in_flight(&self) -> u16 {
         on_ring!(self, ring => ring.in_flight())
     }
+}
+
+/// Add to a counter that nobody changes without the ring's lock.
+fn count_locked(counter: &AtomicU64, more: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
 }
 
 /// Whom to tell that used entries were published, after the ring's lock is released.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyBaseException, PyIndexError, PyValueError};
@@ -14,6 +14,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::batch::{Failures, Origin, PATIENCE, Workspace};
 use super::errors::{self, to_python};
 use super::extensions::duplicate;
+use super::mailbox::Mailbox;
 use super::request::{Request, Source, overflow};
 use super::worker::Worker;
 use crate::backend::{
@@ -33,8 +34,8 @@ const POLLS_UNTIL_IDLE: u32 = 200;
 /// Longer than this, Ctrl-C would not be noticed.
 const MAX_BUSY_POLL: Duration = Duration::from_secs(1);
 
-/// Seconds after which the main thread looks for signals, whatever else happens.
-const SIGNAL_PATIENCE: f64 = 0.5;
+/// After this the main thread looks for signals, whatever else happens.
+const SIGNAL_PATIENCE: Duration = Duration::from_millis(500);
 
 type Callbacks = HashMap<u32, Py<PyAny>>;
 type Handlers = Vec<Option<Py<PyAny>>>;
@@ -52,33 +53,37 @@ pub struct Backend {
     config: Arc<ConfigSpace>,
     channel: Arc<Channel>,
     events: Arc<EventLoop>,
-    /// Only the thread that dispatches takes it, so that no other thread ever waits for it.
-    inner: Mutex<Inner>,
+    /// The thread that runs the loop has this locked as long as it does. Nobody waits for it.
+    state: Mutex<LoopState>,
+    /// A front-end that the loop has not heard of.
+    arrived: Mutex<Option<Box<Session>>>,
+    /// Every queue is to be looked at.
+    look_at_all: AtomicBool,
     /// How long requests that are done may wait for others of their batch, in nanoseconds.
     patience: AtomicU64,
     /// How long at most to look for requests before a sleep, in nanoseconds.
     busy_poll: AtomicU64,
-    dispatching: AtomicBool,
     stopping: AtomicBool,
     watchers: Mutex<Callbacks>,
     timers: Mutex<HashMap<u64, Py<PyAny>>>,
-    soon: Mutex<Vec<Py<PyAny>>>,
+    soon: Mailbox<Py<PyAny>>,
     /// Threads beside the loop's, over which the queues with a handler are spread.
     workers: Vec<Worker>,
     /// Queues that were kicked on a worker although they do not run: only the session can say what that means.
-    kicked: Mutex<Vec<u16>>,
+    kicked: Mailbox<u16>,
     /// What a handler on a worker raised that means the end.
     fatal: Mutex<Option<PyErr>>,
     /// Queues that broke while another thread took from them.
-    broken: Mutex<Vec<(u16, RingError)>>,
+    broken: Mailbox<(u16, RingError)>,
     next_watcher: AtomicU32,
     /// Goes up after everything that may have changed the device.
     changes: AtomicU64,
     connected: AtomicBool,
 }
 
+/// What the loop works with.
 #[derive(Debug, Default)]
-struct Inner {
+struct LoopState {
     session: Option<Box<Session>>,
     events: Vec<Event>,
     /// For each queue.
@@ -88,6 +93,8 @@ struct Inner {
     /// Queues with more to do than one turn allows.
     pending: Vec<u16>,
     poll_timer: Option<u64>,
+    /// Ends a wait on the main thread.
+    signal_timer: Option<u64>,
     polls_in_vain: u32,
 }
 
@@ -162,18 +169,19 @@ impl Backend {
             config: Arc::new(ConfigSpace::new(config)),
             channel: Arc::new(Channel::new(Arc::clone(&events))),
             events,
-            inner: Mutex::new(Inner { workspaces, ..Inner::default() }),
+            state: Mutex::new(LoopState { workspaces, ..LoopState::default() }),
+            arrived: Mutex::default(),
+            look_at_all: AtomicBool::new(false),
             patience: AtomicU64::new(PATIENCE.as_nanos() as u64),
             busy_poll: AtomicU64::new(0),
-            dispatching: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             watchers: Mutex::default(),
             timers: Mutex::default(),
-            soon: Mutex::default(),
+            soon: Mailbox::default(),
             workers,
-            kicked: Mutex::default(),
+            kicked: Mailbox::default(),
             fatal: Mutex::default(),
-            broken: Mutex::default(),
+            broken: Mailbox::default(),
             next_watcher: AtomicU32::new(0),
             changes: AtomicU64::new(0),
             connected: AtomicBool::new(false),
@@ -188,7 +196,7 @@ impl Backend {
         }
         let old = std::mem::replace(&mut *lock(&self.handlers), handlers);
         drop(old);
-        lock(&self.inner).pending = self.vrings.iter().map(|vring| vring.index()).collect();
+        self.look_at_all.store(true, Ordering::Release);
         self.events.wakeup().wake();
         Ok(())
     }
@@ -200,8 +208,8 @@ impl Backend {
         }
         // SAFETY: the caller gives the descriptor away (`socket.detach()`); nobody else will close it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut inner = self.inner.try_lock().map_err(|_| errors::state_error(py, "connect() during a dispatch"))?;
-        if inner.session.is_some() {
+        let mut arrived = lock(&self.arrived);
+        if self.connected() {
             return Err(errors::state_error(py, "the device already serves a front-end"));
         }
         let session = Session::new(
@@ -213,7 +221,7 @@ impl Backend {
             Arc::clone(&self.events),
         )
         .map_err(|error| to_python(py, error))?;
-        inner.session = Some(Box::new(session));
+        *arrived = Some(Box::new(session));
         self.connected.store(true, Ordering::Release);
         Ok(())
     }
@@ -222,13 +230,9 @@ impl Backend {
     /// the loop goes on.
     #[pyo3(signature = (timeout = None))]
     fn dispatch(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
-        self.check_process(py)?;
-        if self.dispatching.swap(true, Ordering::Acquire) {
-            return Err(errors::state_error(py, "the loop of the device is running already"));
-        }
-        let result = self.turn(py, timeout.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()));
-        self.dispatching.store(false, Ordering::Release);
-        result
+        let mut state = self.enter(py)?;
+        let timeout = timeout.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
+        self.turn(py, &mut state, timeout)
     }
 
     /// Run the loop until :meth:`stop`.
@@ -236,9 +240,16 @@ impl Backend {
         // Python handles signals on the main thread. One that comes between the last look at them and the wait, or on
         // another thread, does not end the wait.
         let is_main = rustix::thread::gettid() == rustix::process::getpid();
-        let timeout = is_main.then_some(SIGNAL_PATIENCE);
-        while self.dispatch(py, timeout)? {}
-        Ok(())
+        let mut state = self.enter(py)?;
+        loop {
+            // A timeout would be armed and disarmed in each turn.
+            if is_main && state.signal_timer.is_none() {
+                state.signal_timer = Some(self.events.add_timer(Instant::now() + SIGNAL_PATIENCE));
+            }
+            if !self.turn(py, &mut state, None)? {
+                return Ok(());
+            }
+        }
     }
 
     /// Whether this is a child that was forked from the process that serves the device. It leaves it alone.
@@ -250,7 +261,8 @@ impl Backend {
     /// Whether :meth:`dispatch` would find something to do that :meth:`fileno` does not tell of.
     #[getter]
     fn busy(&self) -> bool {
-        !lock(&self.inner).pending.is_empty()
+        let has_pending = self.try_state().is_some_and(|state| !state.pending.is_empty());
+        has_pending || self.look_at_all.load(Ordering::Relaxed)
     }
 
     /// Whether the front-end has acknowledged everything that was said to it unasked.
@@ -339,7 +351,7 @@ impl Backend {
 
     /// Call `callback()` on the loop's thread, soon.
     fn call_soon(&self, callback: Py<PyAny>) {
-        lock(&self.soon).push(callback);
+        self.soon.push(callback);
         self.events.wakeup().wake();
     }
 
@@ -375,7 +387,6 @@ impl Backend {
             PyValueError::new_err(format!("busy polling takes from 0 to {} s, not {seconds}", MAX_BUSY_POLL.as_secs()))
         })?;
         self.busy_poll.store(most.as_nanos() as u64, Ordering::Relaxed);
-        lock(&self.inner).polling = self.polling();
         Ok(())
     }
 
@@ -470,7 +481,7 @@ impl Backend {
         if let Ok(timers) = self.timers.try_lock() {
             timers.values().try_for_each(|callback| visit.call(callback))?;
         }
-        if let Ok(soon) = self.soon.try_lock() {
+        if let Some(soon) = self.soon.try_look() {
             soon.iter().try_for_each(|callback| visit.call(callback))?;
         }
         Ok(())
@@ -533,7 +544,7 @@ impl Backend {
 
     /// The device hears of a ring that broke where it hears of everything else: on the loop's thread.
     fn broke(&self, py: Python<'_>, vring: &Vring, reason: RingError) -> PyErr {
-        lock(&self.broken).push((vring.index(), reason.clone()));
+        self.broken.push((vring.index(), reason.clone()));
         self.events.wakeup().wake();
         to_python(py, Error::Ring { queue: vring.index(), reason })
     }
@@ -543,7 +554,7 @@ impl Backend {
         let Some(vring) = self.vrings.get(usize::from(queue)) else { return };
         vring.on_kick(|kick| events.forget(kick));
         if !vring.is_active() {
-            lock(&self.kicked).push(queue);
+            self.kicked.push(queue);
             self.wake();
         }
     }
@@ -570,26 +581,43 @@ impl Backend {
         worker_of(&self.workers, vring.index()).filter(|_| vring.has_worker())
     }
 
-    /// For a thread that is to look for requests.
-    pub(super) fn polling(&self) -> Polling {
-        Polling::new(Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed)))
+    /// How long at most to look for requests before a sleep.
+    pub(super) fn busy_poll(&self) -> Duration {
+        Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed))
     }
 
     pub(super) fn vrings(&self) -> &[Arc<Vring>] {
         &self.vrings
     }
 
+    /// Run the loop on this thread, as long as what is returned is kept.
+    fn enter(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, LoopState>> {
+        self.check_process(py)?;
+        let state = self.try_state();
+        let state = state.ok_or_else(|| errors::state_error(py, "the loop of the device is running already"))?;
+        self.events.enter();
+        Ok(state)
+    }
+
+    /// What the loop works with, unless it runs.
+    fn try_state(&self) -> Option<MutexGuard<'_, LoopState>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(state)) => Some(state.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// One turn of the loop.
-    fn turn(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<bool> {
-        let (mut events, before, mut polling) = {
-            let mut inner = lock(&self.inner);
-            (std::mem::take(&mut inner.events), inner.pending.clone(), inner.polling)
-        };
-        let waited = py.detach(|| polling.wait(&self.events, &self.vrings, &before, timeout, &mut events));
+    fn turn(&self, py: Python<'_>, state: &mut LoopState, timeout: Option<Duration>) -> PyResult<bool> {
+        let mut events = std::mem::take(&mut state.events);
+        let before = state.pending.clone();
+        state.polling.set_most(self.busy_poll());
+        let waited = py.detach(|| state.polling.wait(&self.events, &self.vrings, &before, timeout, &mut events));
         let looked = waited.map_err(|error| to_python(py, error))?;
-        lock(&self.inner).polling = polling;
-        let polls = polling.is_due() && timeout.is_none_or(|timeout| !timeout.is_zero());
-        let mut turn = Turn { backend: self, py, polls, fatal: py.check_signals().err() };
+        let polls = state.polling.is_due() && timeout.is_none_or(|timeout| !timeout.is_zero());
+        let mut turn = Turn { caller: Caller::new(self, py, polls), state };
+        turn.caller.fatal = py.check_signals().err();
         if !self.workers.is_empty() {
             turn.hear_workers();
         }
@@ -598,51 +626,216 @@ impl Backend {
         for event in events.drain(..) {
             turn.on_event(event);
         }
+        turn.state.events = events;
         if self.forked() {
-            return Err(turn.end_of_child());
+            return Err(turn.caller.end_of_child());
         }
         self.channel.settle();
-        let pending = {
-            let mut inner = lock(&self.inner);
-            inner.events = events;
-            std::mem::take(&mut inner.pending)
-        };
-        turn.look_at_pending(pending, if looked { &before } else { &[] });
+        turn.look_at_pending(if looked { &before } else { &[] });
         if self.forked() {
-            return Err(turn.end_of_child());
+            return Err(turn.caller.end_of_child());
         }
         turn.with_session(|session, hooks| session.resume(hooks));
         turn.schedule_polling();
-        if let Some(error) = turn.fatal {
+        if let Some(error) = turn.caller.fatal.take() {
             return Err(error);
         }
         if self.stopping.load(Ordering::Acquire) {
-            return self.wind_up(py);
+            return turn.wind_up();
         }
         Ok(true)
-    }
-
-    /// The loop was asked to stop: end the session, and then the loop.
-    fn wind_up(&self, py: Python<'_>) -> PyResult<bool> {
-        let mut turn = Turn::new(self, py, false);
-        turn.with_session(
-            |session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.end(hooks, None) },
-        );
-        if let Some(error) = turn.fatal {
-            return Err(error);
-        }
-        let goes_on = self.connected();
-        if !goes_on {
-            // Whoever waits for the front-end is told that it is gone.
-            self.channel.settle();
-            self.stopping.store(false, Ordering::Release);
-        }
-        Ok(goes_on)
     }
 }
 
 /// What one turn of the loop works with.
-pub(super) struct Turn<'a, 'py> {
+struct Turn<'a, 'py> {
+    caller: Caller<'a, 'py>,
+    state: &'a mut LoopState,
+}
+
+impl Turn<'_, '_> {
+    /// The loop was asked to stop: end the session, and then the loop.
+    fn wind_up(&mut self) -> PyResult<bool> {
+        self.with_session(
+            |session, hooks| if session.is_ending() { Ok(Flow::Continue) } else { session.end(hooks, None) },
+        );
+        if let Some(error) = self.caller.fatal.take() {
+            return Err(error);
+        }
+        let backend = self.caller.backend;
+        let goes_on = backend.connected();
+        if !goes_on {
+            // Whoever waits for the front-end is told that it is gone.
+            backend.channel.settle();
+            backend.stopping.store(false, Ordering::Release);
+        }
+        Ok(goes_on)
+    }
+
+    /// What workers leave to the loop.
+    fn hear_workers(&mut self) {
+        let backend = self.caller.backend;
+        if let Some(error) = lock(&backend.fatal).take() {
+            self.caller.fatal.get_or_insert(error);
+        }
+        for queue in backend.kicked.take() {
+            self.on_kick(queue);
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        let backend = self.caller.backend;
+        match event {
+            Event::Ready { token: Token::Session, .. } => {
+                self.with_session(|session, hooks| session.on_ready(hooks));
+            }
+            Event::Ready { token: Token::Channel, .. } => backend.channel.on_ready(),
+            Event::Ready { token: Token::Queue(queue), .. } => {
+                self.on_kick(queue);
+                // A ring that is being polled does not need the kick.
+                let polled = self.caller.polls && self.state.pending.contains(&queue);
+                if !polled {
+                    self.process(queue);
+                }
+            }
+            Event::Ready { token: Token::Device(id), readable, writable } => {
+                let callback = lock(&backend.watchers).get(&id).map(|callback| callback.clone_ref(self.caller.py));
+                if let Some(callback) = callback {
+                    let result = callback.call1(self.caller.py, (readable, writable));
+                    self.caller.survive(result.map(drop), "a watcher");
+                }
+            }
+            Event::Timer(id) if self.state.poll_timer.take_if(|poll| *poll == id).is_some() => {
+                for queue in self.polled_queues() {
+                    self.process(queue);
+                }
+            }
+            Event::Timer(id) if self.state.signal_timer.take_if(|timer| *timer == id).is_some() => {}
+            Event::Timer(id) => {
+                let callback = lock(&backend.timers).remove(&id);
+                if let Some(callback) = callback {
+                    let result = callback.call0(self.caller.py);
+                    self.caller.survive(result.map(drop), "a timer");
+                }
+            }
+        }
+    }
+
+    fn on_kick(&mut self, queue: u16) {
+        self.with_session(|session, hooks| {
+            session.on_kick(queue, hooks);
+            Ok(Flow::Continue)
+        });
+    }
+
+    fn call_soon(&mut self) {
+        for callback in self.caller.backend.soon.take() {
+            let result = callback.call0(self.caller.py);
+            self.caller.survive(result.map(drop), "a callback");
+        }
+    }
+
+    fn report_broken(&mut self) {
+        for (queue, error) in self.caller.backend.broken.take() {
+            self.with_session(|session, hooks| {
+                session.queue_broke(queue, &error, hooks);
+                Ok(Flow::Continue)
+            });
+        }
+    }
+
+    /// Do something with the session, if there is one, then look at the queues that it made ready.
+    fn with_session(&mut self, action: impl FnOnce(&mut Session, &mut dyn Hooks) -> Result<Flow, Error>) {
+        let arrived = || lock(&self.caller.backend.arrived).take();
+        let Some(mut session) = self.state.session.take().or_else(arrived) else { return };
+        let outcome = action(&mut session, &mut self.caller);
+        let mut ready = Vec::new();
+        while let Some(queue) = session.next_ready() {
+            ready.push(queue);
+        }
+        let reason = match outcome {
+            Ok(Flow::Continue) => {
+                self.state.session = Some(session);
+                for queue in ready {
+                    self.process(queue);
+                }
+                return;
+            }
+            Ok(Flow::Ended) => None,
+            Err(error) => Some(to_python(self.caller.py, error)),
+        };
+        drop(session);
+        self.caller.backend.connected.store(false, Ordering::Release);
+        self.caller.tell("session_ended", (reason,));
+    }
+
+    /// Handle what is available on a queue, up to a batch, or let its worker do so.
+    fn process(&mut self, queue: u16) {
+        let Some(vring) = self.caller.backend.vrings.get(usize::from(queue)) else { return };
+        if let Some(worker) = self.caller.backend.worker(vring) {
+            if vring.available() > 0 {
+                self.state.polls_in_vain = 0;
+            }
+            worker.hand_over(queue);
+            return;
+        }
+        let worked = self.caller.work(queue, &mut self.state.workspaces[usize::from(queue)]);
+        if worked != Worked::Nothing {
+            self.state.polls_in_vain = 0;
+        }
+        if worked == Worked::More && !self.state.pending.contains(&queue) {
+            self.state.pending.push(queue);
+        }
+    }
+
+    /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
+    /// finds nothing asks the driver to kick. It is when it was `looked` at for long enough.
+    fn look_at_pending(&mut self, looked: &[u16]) {
+        let backend = self.caller.backend;
+        if backend.look_at_all.load(Ordering::Relaxed) && backend.look_at_all.swap(false, Ordering::Acquire) {
+            self.state.pending = backend.vrings.iter().map(|vring| vring.index()).collect();
+        }
+        if self.state.pending.is_empty() {
+            return;
+        }
+        let polls = self.caller.polls;
+        let is_due =
+            |queue: &u16| !polls || looked.contains(queue) || backend.vrings[usize::from(*queue)].available() > 0;
+        let (now, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.state.pending).into_iter().partition(is_due);
+        self.state.pending = later;
+        for queue in now {
+            self.process(queue);
+        }
+    }
+
+    /// Look again at rings that cannot kick: soon while they are busy, less often when they are not.
+    fn schedule_polling(&mut self) {
+        if self.state.poll_timer.is_some() || self.polled_queues().is_empty() {
+            return;
+        }
+        self.state.polls_in_vain = self.state.polls_in_vain.saturating_add(1);
+        let after = if self.state.polls_in_vain < POLLS_UNTIL_IDLE { POLL_BUSY } else { POLL_IDLE };
+        self.state.poll_timer = Some(self.caller.backend.events.add_timer(Instant::now() + after));
+    }
+
+    fn polled_queues(&self) -> Vec<u16> {
+        self.state.session.as_ref().map(|session| session.polled_queues()).unwrap_or_default()
+    }
+}
+
+/// What came of a look at a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Worked {
+    /// There was nothing.
+    Nothing,
+    /// What there was is done, and the driver was asked to kick.
+    All,
+    /// There may be more.
+    More,
+}
+
+/// Calls Python, for a turn of a loop: handlers, callbacks and hooks. What they raise is reported.
+pub(super) struct Caller<'a, 'py> {
     backend: &'a Backend,
     pub(super) py: Python<'py>,
     /// Whether rings are looked at after the turn, and need not kick before.
@@ -651,7 +844,7 @@ pub(super) struct Turn<'a, 'py> {
     fatal: Option<PyErr>,
 }
 
-impl<'a, 'py> Turn<'a, 'py> {
+impl<'a, 'py> Caller<'a, 'py> {
     pub(super) fn new(backend: &'a Backend, py: Python<'py>, polls: bool) -> Self {
         Self { backend, py, polls, fatal: None }
     }
@@ -666,121 +859,9 @@ impl<'a, 'py> Turn<'a, 'py> {
         self.fatal
     }
 
-    /// What workers leave to the loop.
-    fn hear_workers(&mut self) {
-        if let Some(error) = lock(&self.backend.fatal).take() {
-            self.fatal.get_or_insert(error);
-        }
-        for queue in std::mem::take(&mut *lock(&self.backend.kicked)) {
-            self.with_session(|session, hooks| {
-                session.on_kick(queue, hooks);
-                Ok(Flow::Continue)
-            });
-        }
-    }
-
-    fn on_event(&mut self, event: Event) {
-        match event {
-            Event::Ready { token: Token::Session, .. } => {
-                self.with_session(|session, hooks| session.on_ready(hooks));
-            }
-            Event::Ready { token: Token::Channel, .. } => self.backend.channel.on_ready(),
-            Event::Ready { token: Token::Queue(queue), .. } => {
-                self.with_session(|session, hooks| {
-                    session.on_kick(queue, hooks);
-                    Ok(Flow::Continue)
-                });
-                // A ring that is being polled does not need the kick.
-                let polled = self.polls && lock(&self.backend.inner).pending.contains(&queue);
-                if !polled {
-                    self.process(queue);
-                }
-            }
-            Event::Ready { token: Token::Device(id), readable, writable } => {
-                let callback = lock(&self.backend.watchers).get(&id).map(|callback| callback.clone_ref(self.py));
-                if let Some(callback) = callback {
-                    let result = callback.call1(self.py, (readable, writable));
-                    self.survive(result.map(drop), "a watcher");
-                }
-            }
-            Event::Timer(id) if lock(&self.backend.inner).poll_timer.take_if(|poll| *poll == id).is_some() => {
-                for queue in self.polled_queues() {
-                    self.process(queue);
-                }
-            }
-            Event::Timer(id) => {
-                let callback = lock(&self.backend.timers).remove(&id);
-                if let Some(callback) = callback {
-                    let result = callback.call0(self.py);
-                    self.survive(result.map(drop), "a timer");
-                }
-            }
-        }
-    }
-
-    fn call_soon(&mut self) {
-        let callbacks = std::mem::take(&mut *lock(&self.backend.soon));
-        for callback in callbacks {
-            let result = callback.call0(self.py);
-            self.survive(result.map(drop), "a callback");
-        }
-    }
-
-    fn report_broken(&mut self) {
-        for (queue, error) in std::mem::take(&mut *lock(&self.backend.broken)) {
-            self.with_session(|session, hooks| {
-                session.queue_broke(queue, &error, hooks);
-                Ok(Flow::Continue)
-            });
-        }
-    }
-
-    /// Do something with the session, if there is one, then look at the queues that it made ready.
-    fn with_session(&mut self, action: impl FnOnce(&mut Session, &mut dyn Hooks) -> Result<Flow, Error>) {
-        let Some(mut session) = lock(&self.backend.inner).session.take() else { return };
-        let outcome = action(&mut session, self);
-        let mut ready = Vec::new();
-        while let Some(queue) = session.next_ready() {
-            ready.push(queue);
-        }
-        let reason = match outcome {
-            Ok(Flow::Continue) => {
-                lock(&self.backend.inner).session = Some(session);
-                for queue in ready {
-                    self.process(queue);
-                }
-                return;
-            }
-            Ok(Flow::Ended) => None,
-            Err(error) => Some(to_python(self.py, error)),
-        };
-        drop(session);
-        self.backend.connected.store(false, Ordering::Release);
-        self.tell("session_ended", (reason,));
-    }
-
-    /// Handle what is available on a queue, up to a batch, or let its worker do so.
-    fn process(&mut self, queue: u16) {
-        let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return };
-        if let Some(worker) = self.backend.worker(vring) {
-            if vring.available() > 0 {
-                lock(&self.backend.inner).polls_in_vain = 0;
-            }
-            worker.hand_over(queue);
-            return;
-        }
-        let mut workspace = std::mem::take(&mut lock(&self.backend.inner).workspaces[usize::from(queue)]);
-        let again = self.work(queue, &mut workspace);
-        let mut inner = lock(&self.backend.inner);
-        inner.workspaces[usize::from(queue)] = workspace;
-        if again && !inner.pending.contains(&queue) {
-            inner.pending.push(queue);
-        }
-    }
-
-    /// Handle what is available on a queue of this thread, up to a batch. Returns whether there may be more.
-    pub(super) fn work(&mut self, queue: u16, workspace: &mut Workspace) -> bool {
-        let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return false };
+    /// Handle what is available on a queue of this thread, up to a batch.
+    pub(super) fn work(&mut self, queue: u16, workspace: &mut Workspace) -> Worked {
+        let Some(vring) = self.backend.vrings.get(usize::from(queue)) else { return Worked::Nothing };
         let handler = lock(&self.backend.handlers)
             .get(usize::from(queue))
             .and_then(|handler| handler.as_ref().map(|handler| handler.clone_ref(self.py)));
@@ -789,70 +870,43 @@ impl<'a, 'py> Turn<'a, 'py> {
             if vring.available() > 0 {
                 self.tell("buffers_available", (queue,));
             }
-            return false;
+            return Worked::Nothing;
         };
         let patience = Duration::from_nanos(self.backend.patience.load(Ordering::Relaxed));
         let changes = &self.backend.changes;
         let begin = Instant::now();
-        let mut handled = false;
+        let mut taken = begin;
+        let mut worked = Worked::Nothing;
         loop {
             match workspace.take(vring) {
                 Taken::Chains(run) => {
-                    let result =
-                        workspace.handle(self.py, Origin { vring, run: &run, patience, changes }, &handler, self);
+                    let origin = Origin { vring, run: &run, patience, taken, changes };
+                    let result = workspace.handle(self.py, origin, &handler, self);
                     self.survive(result, "making a request");
-                    handled = true;
+                    worked = Worked::More;
                 }
                 Taken::Nothing | Taken::NotRunning => break,
                 Taken::Broken(error) => {
-                    lock(&self.backend.broken).push((queue, error));
+                    self.backend.broken.push((queue, error));
                     self.backend.wake();
                     break;
                 }
             }
-            // What came meanwhile needs no turn of its own, nor the driver a notification before it.
-            if self.fatal.is_some() || vring.available() == 0 || begin.elapsed() >= patience.min(PATIENCE) {
+            if self.fatal.is_some() {
+                break;
+            }
+            // What came meanwhile needs no turn of its own, nor the driver a notification before it. It is asked to kick
+            // when nothing is left: by a ring that is being polled, later.
+            if !vring.conclude(!self.polls) {
+                return if self.polls { Worked::More } else { Worked::All };
+            }
+            taken = Instant::now();
+            if taken - begin >= patience.min(PATIENCE) {
                 break;
             }
         }
         workspace.notify(vring);
-        if handled {
-            lock(&self.backend.inner).polls_in_vain = 0;
-        }
-        // The driver is asked to kick when nothing is left: by a ring that is being polled, later.
-        handled && (self.polls || vring.rest())
-    }
-
-    /// Look again at queues where there was something. One that is being polled is not, unless something came: a look that
-    /// finds nothing asks the driver to kick. It is when it was `looked` at for long enough.
-    fn look_at_pending(&mut self, pending: Vec<u16>, looked: &[u16]) {
-        if pending.is_empty() {
-            return;
-        }
-        let is_due = |queue: &u16| {
-            !self.polls || looked.contains(queue) || self.backend.vrings[usize::from(*queue)].available() > 0
-        };
-        let (now, later): (Vec<_>, Vec<_>) = pending.into_iter().partition(is_due);
-        lock(&self.backend.inner).pending.extend(later);
-        for queue in now {
-            self.process(queue);
-        }
-    }
-
-    /// Look again at rings that cannot kick: soon while they are busy, less often when they are not.
-    fn schedule_polling(&mut self) {
-        let mut inner = lock(&self.backend.inner);
-        let polled = inner.session.as_ref().map(|session| session.polled_queues()).unwrap_or_default();
-        if inner.poll_timer.is_some() || polled.is_empty() {
-            return;
-        }
-        inner.polls_in_vain = inner.polls_in_vain.saturating_add(1);
-        let after = if inner.polls_in_vain < POLLS_UNTIL_IDLE { POLL_BUSY } else { POLL_IDLE };
-        inner.poll_timer = Some(self.backend.events.add_timer(Instant::now() + after));
-    }
-
-    fn polled_queues(&self) -> Vec<u16> {
-        lock(&self.backend.inner).session.as_ref().map(|session| session.polled_queues()).unwrap_or_default()
+        worked
     }
 
     /// Call a method of the runtime.
@@ -893,7 +947,7 @@ impl<'a, 'py> Turn<'a, 'py> {
     }
 }
 
-impl Failures for Turn<'_, '_> {
+impl Failures for Caller<'_, '_> {
     fn request_failed(&mut self, request: &Py<Request>, error: &PyErr) {
         if self.backend.forked() {
             // The request is the parent's, and so is the device.
@@ -909,7 +963,7 @@ impl Failures for Turn<'_, '_> {
     }
 }
 
-impl Hooks for Turn<'_, '_> {
+impl Hooks for Caller<'_, '_> {
     fn features_negotiated(&mut self, features: u64) {
         self.tell("features_negotiated", (features,));
     }

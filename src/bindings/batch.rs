@@ -12,7 +12,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 
-use super::disk::Blocks;
+use super::disk::{Blocks, Wait};
 use super::has_lock;
 use super::request::Request;
 use crate::backend::{Lead, Run, Show, TOGETHER, Taken, Turnaround, Vring};
@@ -108,6 +108,8 @@ pub(super) struct Origin<'a> {
     pub(super) vring: &'a Arc<Vring>,
     pub(super) run: &'a Arc<Run>,
     pub(super) patience: Duration,
+    /// When it was taken.
+    pub(super) taken: Instant,
     /// Another number after each change of the device that the core has heard of.
     pub(super) changes: &'a AtomicU64,
 }
@@ -150,7 +152,7 @@ impl Workspace {
         failures: &mut dyn Failures,
     ) -> PyResult<()> {
         let mut chains = std::mem::take(&mut self.chains);
-        let mut lead = self.turnaround.begin(origin.patience, chains.len());
+        let mut lead = self.turnaround.begin(origin.taken, origin.patience, chains.len());
         for chain in chains.drain(..) {
             let request = self.request(py, origin, chain)?;
             self.call(py, handler, &request, failures);
@@ -210,25 +212,33 @@ impl Workspace {
             }
         };
         let kept = blocks.get();
-        py.detach(|| {
-            let mut chains = std::mem::take(&mut self.chains);
-            let mut left = Vec::new();
-            let mut lead = self.turnaround.begin(origin.patience, chains.len());
-            for chain in chains.drain(..) {
-                // SAFETY: the run keeps the snapshot of its chains.
-                match unsafe { kept.transfer(&chain) } {
-                    Some(used) => {
-                        self.used.push(used);
-                        self.spare.push(chain);
-                    }
-                    None => left.push(chain),
-                }
-                self.give_back(origin, &mut lead);
-            }
-            self.chains = if left.is_empty() { chains } else { left };
-        });
+        // To let go of the interpreter and to take it again is as much work as a small request.
+        if self.chains.len() == 1 {
+            self.transfer_each(origin, kept, Wait::Never);
+        }
+        if !self.chains.is_empty() {
+            py.detach(|| self.transfer_each(origin, kept, Wait::IfNeedBe));
+        }
         self.blocks = Some((at, blocks));
         Ok(())
+    }
+
+    fn transfer_each(&mut self, origin: Origin<'_>, blocks: &Blocks, wait: Wait) {
+        let mut chains = std::mem::take(&mut self.chains);
+        let mut left = Vec::new();
+        let mut lead = self.turnaround.begin(origin.taken, origin.patience, chains.len());
+        for chain in chains.drain(..) {
+            // SAFETY: the run keeps the snapshot of its chains.
+            match unsafe { blocks.transfer(&chain, wait) } {
+                Some(used) => {
+                    self.used.push(used);
+                    self.spare.push(chain);
+                }
+                None => left.push(chain),
+            }
+            self.give_back(origin, &mut lead);
+        }
+        self.chains = if left.is_empty() { chains } else { left };
     }
 
     fn handle_together(
@@ -307,7 +317,7 @@ impl Workspace {
             self.finish(py, request);
         }
         self.publish(origin);
-        let mut lead = self.turnaround.begin(origin.patience, left.len());
+        let mut lead = self.turnaround.begin(Instant::now(), origin.patience, left.len());
         for request in left.iter().filter(|request| request.get().is_handled(py)) {
             if let Some(each) = &handler.each {
                 self.call(py, each, request, failures);
@@ -384,8 +394,9 @@ impl Workspace {
 
     /// Give back what is done, and notify the driver of it.
     fn publish(&mut self, origin: Origin<'_>) {
-        self.show(origin);
-        origin.vring.notify();
+        if !self.hand_over(origin, Vring::complete) {
+            origin.vring.notify();
+        }
     }
 
     /// Notify the driver of what was given back to it.
@@ -396,12 +407,19 @@ impl Workspace {
 
     /// Give back what is done. The driver is notified later.
     fn show(&mut self, origin: Origin<'_>) {
-        if !self.used.is_empty() {
-            // Each came with its chain.
-            let chains = &self.spare[self.spare.len() - self.used.len()..];
-            origin.vring.complete_quietly(origin.run, &self.used, chains);
-            self.used.clear();
+        self.hand_over(origin, Vring::complete_quietly);
+    }
+
+    /// Give back what is done, in one of the ways to do that. Returns whether there is anything.
+    fn hand_over(&mut self, origin: Origin<'_>, complete: fn(&Vring, &Run, &[Used], &[Chain]) -> bool) -> bool {
+        if self.used.is_empty() {
+            return false;
         }
+        // Each came with its chain.
+        let chains = &self.spare[self.spare.len() - self.used.len()..];
+        complete(origin.vring, origin.run, &self.used, chains);
+        self.used.clear();
+        true
     }
 }
 

@@ -7,8 +7,9 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use pyo3::{PyTraverseError, PyVisit};
+use rustix::fs::fstatfs;
 
-use super::request::FileDescriptor;
+use super::request::{FileDescriptor, WITHOUT_WAITING};
 use crate::memory::transfer;
 use crate::virtqueue::{Chain, Used};
 
@@ -20,6 +21,16 @@ const OK: u8 = 0;
 
 const SECTOR: u64 = 512;
 
+/// The `f_type` of tmpfs.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Whether to wait for a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    Never,
+    IfNeedBe,
+}
+
 /// A disk of so many sectors in `file`, which has to stay open. Reads, and with `writes` writes, need nobody else.
 #[pyclass(frozen, module = "vhost_user")]
 #[derive(Debug)]
@@ -27,6 +38,8 @@ pub struct Blocks {
     file: FileDescriptor,
     sectors: u64,
     writes: bool,
+    /// Whether all of it is in memory: nobody ever waits for it.
+    in_memory: bool,
     /// As long as these attributes of a device are these objects, it has these blocks.
     lasting: Option<Vec<(Py<PyString>, Py<PyAny>)>>,
 }
@@ -36,7 +49,10 @@ impl Blocks {
     #[new]
     #[pyo3(signature = (file, sectors, writes, *, lasting = None))]
     fn new(file: FileDescriptor, sectors: u64, writes: bool, lasting: Option<Vec<(Py<PyString>, Py<PyAny>)>>) -> Self {
-        Self { file, sectors, writes, lasting }
+        // What is asked for each batch may not cost a system call.
+        let in_memory =
+            lasting.is_some() && fstatfs(file.borrow()).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC);
+        Self { file, sectors, writes, in_memory, lasting }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -64,11 +80,12 @@ impl Blocks {
     }
 
     /// Do what a request asks for that reads or writes whole sectors of the disk, and write its status. None of every
-    /// other, and of one that did not go well: that is for somebody who can say why.
+    /// other, and of one that did not go well: that is for somebody who can say why. What would have to `wait`, and may not,
+    /// is one of those.
     ///
     /// # Safety
     /// The snapshot under which the chain was filled must be alive.
-    pub(super) unsafe fn transfer(&self, chain: &Chain) -> Option<Used> {
+    pub(super) unsafe fn transfer(&self, chain: &Chain, wait: Wait) -> Option<Used> {
         let mut header = [0; HEADER as usize];
         // SAFETY: as the caller vouches.
         if unsafe { chain.read(0, &mut header) } < header.len() {
@@ -84,15 +101,22 @@ impl Blocks {
             return None;
         }
         let (file, offset): (BorrowedFd<'_>, _) = (self.file.borrow(), sector * SECTOR);
+        if wait == Wait::Never && count > WITHOUT_WAITING {
+            return None;
+        }
+        let may_wait = wait == Wait::IfNeedBe || self.in_memory;
         // SAFETY: as the caller vouches.
         let done = unsafe {
             match kind {
-                IN => transfer::from_file(chain.writable_segments(), 0, count, file, offset),
-                OUT if self.writes => transfer::to_file(chain.readable_segments(), HEADER, count, file, offset),
+                IN if may_wait => transfer::from_file(chain.writable_segments(), 0, count, file, offset).ok(),
+                IN => transfer::from_cache(chain.writable_segments(), 0, count, file, offset),
+                OUT if self.writes && may_wait => {
+                    transfer::to_file(chain.readable_segments(), HEADER, count, file, offset).ok()
+                }
                 _ => return None,
             }
         };
-        if done != Ok(count) {
+        if done != Some(count) {
             return None;
         }
         // SAFETY: as the caller vouches.

@@ -5,11 +5,11 @@ use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyBytes};
 
-use super::backend::Turn;
+use super::backend::Caller;
 use crate::backend::Extensions;
 use crate::protocol::{CryptoSession, Uuid};
 
-impl Extensions for Turn<'_, '_> {
+impl Extensions for Caller<'_, '_> {
     fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), String> {
         let mac = PyBytes::new(self.py, &mac);
         self.ask("extension", ("on_rarp", mac), done)

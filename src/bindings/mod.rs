@@ -1,8 +1,8 @@
 //! Thin classes over the core, for the `vhost_user` Python package.
 //!
 //! Every class is frozen: what changes is behind a lock or an atomic, so that a free-threaded interpreter can use them
-//! too. No lock of the core is ever held while Python runs, and none is waited for that a thread without the
-//! interpreter might hold for long.
+//! too. No lock of the core is held while Python runs, but for the one of the thread that runs a device's loop, for which
+//! nobody waits; and none is waited for that a thread without the interpreter might hold for long.
 
 mod backend;
 mod batch;
@@ -16,6 +16,7 @@ mod extensions;
 mod frontend;
 mod layout;
 mod load;
+mod mailbox;
 mod request;
 mod reservation;
 mod together;

@@ -20,7 +20,7 @@ use crate::virtqueue::{Chain, Used};
 
 /// Up to this many bytes are taken from the page cache, if they are there, by a thread that keeps the interpreter: to let
 /// go of it and to take it again is as much work.
-const WITHOUT_WAITING: u64 = 16 << 10;
+pub(super) const WITHOUT_WAITING: u64 = 16 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {

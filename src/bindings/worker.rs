@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
 
-use super::backend::{Backend, Turn};
+use super::backend::{Backend, Caller, Worked};
 use super::batch::Workspace;
-use crate::backend::{Event, EventLoop, Token};
+use crate::backend::{Event, EventLoop, Polling, Token};
 use crate::error::Error;
 use crate::memory::faults_seen;
 
@@ -50,7 +50,7 @@ impl Worker {
         let mut workspaces: BTreeMap<u16, Workspace> = BTreeMap::new();
         let mut events = Vec::new();
         let mut due: Vec<u16> = Vec::new();
-        let mut polling = backend.polling();
+        let mut polling = Polling::new(backend.busy_poll());
         let mut faults = faults_seen();
         loop {
             let looked = py.detach(|| polling.wait(&self.events, backend.vrings(), &due, None, &mut events))?;
@@ -66,14 +66,14 @@ impl Worker {
             due.extend(std::mem::take(&mut *self.handed_over()));
             due.sort_unstable();
             due.dedup();
-            let mut turn = Turn::new(backend, py, polling.is_due());
+            let mut caller = Caller::new(backend, py, polling.is_due());
             // Only a look that finds nothing asks the driver to kick.
             due.retain(|queue| {
                 let waits =
                     !looked && backend.vrings().get(usize::from(*queue)).is_some_and(|vring| vring.available() == 0);
-                waits || turn.work(*queue, workspaces.entry(*queue).or_default())
+                waits || caller.work(*queue, workspaces.entry(*queue).or_default()) == Worked::More
             });
-            if let Some(error) = turn.into_fatal() {
+            if let Some(error) = caller.into_fatal() {
                 backend.end_with(error);
             }
             if !self.events.process().is_current() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import encodings
 import errno
 import hashlib
@@ -139,12 +140,24 @@ def segments(*ranges: tuple[int, int, int]) -> bytes:
     return b"".join(struct.pack("<QII", *one) for one in ranges)
 
 
-def test_data_is_read_and_written_by_sector(ask: Callable[..., Ask], image: Path) -> None:
-    request, content = ask(Blk(image)), image.read_bytes()
-    assert request(blk.Type.IN, 3, room=1024) == (content[3 * 512 : 5 * 512], blk.S_OK)
-    assert request(blk.Type.OUT, 4, b"x" * 512) == (b"", blk.S_OK)
-    assert image.read_bytes() == content[: 4 * 512] + b"x" * 512 + content[5 * 512 :]
-    assert request(blk.Type.IN, 8191, room=512) == (content[-512:], blk.S_OK)
+@pytest.mark.parametrize("sectors", [2, 64])
+@pytest.mark.parametrize("storage", ["cached", "not cached", "memory"])
+def test_data_is_read_and_written_by_sector(ask: Callable[..., Ask], image: Path, storage: str, sectors: int) -> None:
+    content, size = image.read_bytes(), sectors * 512
+    with contextlib.ExitStack() as stack:
+        if storage == "not cached":
+            file = stack.enter_context(image.open("rb"))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        elif storage == "memory":
+            memory = stack.enter_context(os.fdopen(os.memfd_create("disk"), "wb", buffering=0))
+            memory.write(content)
+            image = Path(f"/proc/self/fd/{memory.fileno()}")
+        request = ask(Blk(image))
+        assert request(blk.Type.IN, 3, room=size) == (content[3 * 512 :][:size], blk.S_OK)
+        assert request(blk.Type.OUT, 4, b"x" * size) == (b"", blk.S_OK)
+        assert image.read_bytes() == content[: 4 * 512] + b"x" * size + content[4 * 512 + size :]
+        assert request(blk.Type.IN, 8191, room=512) == (content[-512:], blk.S_OK)
 
 
 @pytest.mark.parametrize(
