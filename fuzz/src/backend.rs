@@ -226,6 +226,7 @@ impl World {
         let vrings: Arc<[_]> =
             (0..QUEUES).map(|index| Arc::new(Vring::new(index, 32, limits, events.wakeup()))).collect();
         let channel = Arc::new(Channel::new(Arc::clone(&events)));
+        events.enter();
         let (front, theirs) = FrontEnd::connected();
         let mut world = Self {
             events,

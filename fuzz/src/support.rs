@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Once;
+use std::time::{Duration, Instant};
 
 use arbitrary::Unstructured;
 use rustix::event::{EventfdFlags, eventfd};
@@ -30,11 +31,16 @@ impl Belongings {
     }
 }
 
-/// Run a target, after which there has to be as much as before.
+/// Run a target, after which there has to be as much as before: soon, as the thread that looks after writes to peers may
+/// have their descriptors just then.
 pub fn level(target: impl FnOnce()) {
     ignore_broken_pipes();
     let before = Belongings::now();
     target();
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while Belongings::now() != before && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(Belongings::now(), before, "something was left over");
 }
 
