@@ -26,6 +26,13 @@ needs_userfault = pytest.mark.skipif(
     reason="needs a userfaultfd: Linux 6.6, and /dev/userfaultfd",
 )
 
+
+def is_listening(path: Path) -> bool:
+    """Whether somebody listens there: between `bind` and `listen` a socket exists, and refuses whoever comes."""
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(words[3] == "00010000" and words[-1] == str(path) for words in sockets)
+
+
 #: A number that no device type has.
 NO_TYPE = 0x7FFF
 

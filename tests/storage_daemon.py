@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from specimens import is_listening
+
 
 def arguments(folder: Path, path: Path | str, queues: int = 1) -> list[str]:
     """The command that serves a disk of a mebibyte at `path`."""
@@ -25,7 +27,7 @@ def storage_daemon(folder: Path, queues: int = 1) -> Iterator[Path]:
     with subprocess.Popen(arguments(folder, path, queues), stderr=subprocess.DEVNULL) as daemon:
         try:
             deadline = time.monotonic() + 30
-            while not path.exists():
+            while not is_listening(path):
                 assert daemon.poll() is None, "qemu-storage-daemon ended"
                 assert time.monotonic() < deadline, "qemu-storage-daemon does not listen"
                 time.sleep(0.005)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vhost_user as vu
-from raw import NO_NOTIFY, FrontEnd, Memory, Ring, wait_until
+from raw import NO_NOTIFY, FrontEnd, Id, Memory, Ring, wait_until
 from specimens import NO_TYPE, Connect, Reverse, Serve
 from vhost_user.testing import connect as connect_driver
 
@@ -333,6 +333,8 @@ def source(serve: Serve, connect: Connect, memory: Memory) -> tuple[Source, Fron
     front.share(memory)
     ring = Ring(memory, size=16)
     front.start(ring)
+    # The answer to one message may come before what that starts has begun, but not the answer to the next.
+    front.get_u64(Id.GET_FEATURES)
     return device, front, ring
 
 

@@ -36,6 +36,8 @@ def start(front: FrontEnd, memory: Memory, index: int = 0, size: int = 16) -> Ri
         front.share(memory)
     ring = Ring(memory, index, size=size)
     front.start(ring)
+    # The answer to one message may come before what that starts has begun, but not the answer to the next.
+    front.get_u64(Id.GET_FEATURES)
     return ring
 
 

@@ -759,7 +759,9 @@ def test_ctrl_c_in_the_main_thread_leaves_a_device_in_another_one_alone_until_it
         try:
             with Reverse().start({str(path)!r}):
                 print("begun", flush=True)
-                time.sleep(60)
+                # Python does not see a signal that comes when it is about to sleep.
+                for _ in range(600):
+                    time.sleep(0.1)
         except KeyboardInterrupt:
             print("interrupted", os.path.exists({str(path)!r}))
     """)

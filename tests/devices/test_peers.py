@@ -17,7 +17,7 @@ import pytest
 import vhost_user as vu
 from devices.running import MIB, wait_for
 from devices.test_dpdk import OURS, PATIENCE
-from specimens import Serve
+from specimens import Serve, is_listening
 from vhost_user.devices import Blk
 from vhost_user.guest import _newest_build
 
@@ -35,7 +35,7 @@ def running(path: Path, program: str, *arguments: str) -> Iterator[None]:
     command = [str(_newest_build(f"peers-*/{program}")), *arguments]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            wait_for(lambda: path.is_socket() or process.poll() is not None, PATIENCE)
+            wait_for(lambda: is_listening(path) or process.poll() is not None, PATIENCE)
             assert process.poll() is None, log.read_text()
             yield
         finally:
