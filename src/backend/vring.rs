@@ -370,10 +370,7 @@ impl Vring {
         }
         let call = wanted.map(|wanted| if wanted { inner.call.clone() } else { None });
         drop(inner);
-        marked.tell();
-        if let Some(call) = call {
-            self.call(call);
-        }
+        self.announce(Some(Published { call, marked }));
         came
     }
 
